@@ -1,0 +1,1 @@
+"""The decode role: generates tokens from KV that it loads or computes."""

@@ -1,0 +1,67 @@
+"""Serves DecodeService: one engine request per call, tokens streamed as steps bring them.
+
+The engine behind it is whatever fits `DecodeEngine`; worker/__main__.py passes the bridge.
+A reader that falls behind gets the tokens of several steps in one message; the engine never
+waits for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any, Protocol
+
+from paceline.domain.progress import RequestUpdate
+from paceline.domain.request import GenerationSpec
+from paceline.rpc import codec
+from paceline.v1 import worker_pb2
+
+
+class DecodeEngine(Protocol):
+    """What the role needs of an engine."""
+
+    def decode(
+        self,
+        spec: GenerationSpec,
+        kv_sources: Sequence[str],
+        resumed: Mapping[int, tuple[int, ...]],
+        finished_indices: frozenset[int],
+    ) -> AsyncIterator[RequestUpdate]:
+        """Generate; closing the iterator cancels."""
+        ...
+
+    def stop_sequence(self, request_id: str, index: int) -> None:
+        """End one output of a running request; unknown ones are ignored."""
+        ...
+
+
+class DecodeServicer:
+    """gRPC face of the decode role."""
+
+    def __init__(self, engine: DecodeEngine) -> None:
+        self._engine = engine
+
+    async def Decode(  # noqa: N802 - name of the contract
+        self, request: worker_pb2.DecodeRequest, context: Any
+    ) -> AsyncIterator[worker_pb2.DecodeResponse]:
+        """Stream tokens until every output ended."""
+        updates = self._engine.decode(
+            codec.spec_from_proto(request.spec),
+            list(request.kv_sources),
+            codec.resumed_from_proto(request.resumed),
+            frozenset(request.finished_indices),
+        )
+        async with aclosing(updates) as open_updates:  # type: ignore[type-var]
+            async for update in open_updates:
+                yield worker_pb2.DecodeResponse(
+                    chunks=[codec.chunk_to_proto(chunk) for chunk in update.chunks],
+                    local_hit_tokens=update.local_hit_tokens,
+                    store_hit_tokens=update.store_hit_tokens,
+                )
+
+    async def StopSequence(  # noqa: N802 - name of the contract
+        self, request: worker_pb2.StopSequenceRequest, context: Any
+    ) -> worker_pb2.StopSequenceResponse:
+        """End one output."""
+        self._engine.stop_sequence(request.request_id, request.index)
+        return worker_pb2.StopSequenceResponse()

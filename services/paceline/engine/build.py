@@ -1,0 +1,98 @@
+"""Puts an engine together from a checkpoint: model, page pool, scheduler, measured cost."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from paceline.domain.blocks import chain_root
+from paceline.domain.cost import StepCost
+from paceline.engine.blocks import BlockPool
+from paceline.engine.cost import measure_step_cost
+from paceline.engine.engine import Engine
+from paceline.engine.models.config import ModelConfig, load_model_config
+from paceline.engine.models.decoder import DecoderModel
+from paceline.engine.options import EngineOptions
+from paceline.engine.runner import Runner
+from paceline.engine.scheduler import Scheduler
+from paceline.engine.weights import load_tensors, model_digest
+
+_DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class EngineCard:
+    """What an engine serves and how its KV is laid out."""
+
+    config: ModelConfig
+    model_digest: str
+    kv_root: bytes
+    dtype: str
+    block_size: int
+    block_bytes: int
+    num_kv_blocks: int
+    max_context_tokens: int
+    step_cost: StepCost
+
+
+def build_engine(options: EngineOptions) -> tuple[Engine, EngineCard]:
+    """Load the checkpoint and return a ready engine.
+
+    Raises:
+        UnsupportedModelError: the checkpoint cannot be served; names what is wrong.
+        ValueError: an option is out of range.
+    """
+    if options.dtype not in _DTYPES:
+        raise ValueError(f"dtype {options.dtype!r}: expected one of {sorted(_DTYPES)}")
+    torch.set_num_threads(options.threads)
+    directory, dtype = Path(options.model), _DTYPES[options.dtype]
+    config = load_model_config(directory)
+    num_pages = _num_pages(options, config, dtype)
+    model = DecoderModel(config, load_tensors(directory), dtype=dtype, device="cpu")
+    runner = Runner(model, num_pages=num_pages, block_size=options.block_size, dtype=dtype)
+    # One sequence must always fit alone, else preemption could not help it.
+    max_context = min(config.max_context_tokens, num_pages * options.block_size)
+    cost = measure_step_cost(
+        runner,
+        num_pages=num_pages,
+        block_size=options.block_size,
+        max_context_tokens=max_context,
+        chunk=options.chunk_tokens,
+    )
+    digest = model_digest(directory)
+    root = chain_root(digest, options.dtype, options.block_size)
+    scheduler = Scheduler(
+        BlockPool(num_pages),
+        block_size=options.block_size,
+        max_num_seqs=options.max_num_seqs,
+        step_tokens=options.chunk_tokens,
+        max_context_tokens=max_context,
+        eos_token_ids=frozenset(config.eos_token_ids),
+    )
+    engine = Engine(runner, scheduler, kv_root=root, monotonic=time.monotonic)
+    card = EngineCard(
+        config=config,
+        model_digest=digest,
+        kv_root=root,
+        dtype=options.dtype,
+        block_size=options.block_size,
+        block_bytes=runner.page_bytes,
+        num_kv_blocks=num_pages,
+        max_context_tokens=max_context,
+        step_cost=cost,
+    )
+    return engine, card
+
+
+def _num_pages(options: EngineOptions, config: ModelConfig, dtype: torch.dtype) -> int:
+    if options.num_kv_blocks is not None:
+        num_pages = options.num_kv_blocks
+    else:
+        per_token = config.num_layers * 2 * config.num_kv_heads * config.head_dim * dtype.itemsize
+        num_pages = (options.kv_memory_mb << 20) // (per_token * options.block_size)
+    if num_pages < 2:
+        raise ValueError(f"{num_pages} KV blocks: at least 2 are needed")
+    return num_pages

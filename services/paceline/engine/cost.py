@@ -1,0 +1,76 @@
+"""Measures what a step costs on this machine, for every decision made in seconds.
+
+A handful of steps of different shapes is timed on the real runner and a non-negative linear
+model is fitted (domain/cost.py states it). worker/engine_process.py runs it once at start,
+before requests arrive; pages it scribbles on belong to nobody yet.
+"""
+
+from __future__ import annotations
+
+import statistics
+from typing import Protocol
+
+import numpy as np
+
+from paceline.domain.cost import StepCost
+from paceline.domain.request import SamplingParams
+from paceline.engine.step import Row, SampleSpec, StepPlan, StepResult
+
+_REPEATS = 3
+
+
+class _StepRunner(Protocol):
+    def run(self, plan: StepPlan) -> StepResult: ...
+
+
+def measure_step_cost(
+    runner: _StepRunner, *, num_pages: int, block_size: int, max_context_tokens: int, chunk: int
+) -> StepCost:
+    """Time decode and prefill shapes and fit them; takes well under a second on a small model."""
+    longest = min(max_context_tokens, num_pages * block_size) - 1
+    context = max(1, min(longest // 2, 512))
+    shapes = [(1, 1, 0), (1, 1, context), (4, 1, context // 4), (8, 1, context // 8)]
+    chunks = {min(c, longest - 1) for c in (16, chunk // 2, chunk)}
+    shapes += [(1, c, 0) for c in sorted(chunks) if c > 1]
+    shapes += [(1, min(chunk, longest - context), context)] if longest > context + 1 else []
+    features, times = [], []
+    for rows, tokens, start in shapes:
+        plan = _plan(rows, tokens, start, num_pages, block_size)
+        runner.run(plan)
+        times.append(statistics.median(runner.run(plan).elapsed_s for _ in range(_REPEATS)))
+        attended = rows * (tokens * start + tokens * (tokens + 1) // 2)
+        features.append([1.0, rows, rows * tokens, attended])
+    base, row, token, attended_s = _fit(np.array(features), np.array(times))
+    return StepCost(base_s=base, row_s=row, token_s=token, context_s=attended_s)
+
+
+def _fit(features: np.ndarray, times: np.ndarray) -> list[float]:
+    """Non-negative least squares on relative errors by dropping negative coefficients."""
+    active = list(range(features.shape[1]))
+    weighted = features / times[:, None]
+    while True:
+        solution, *_ = np.linalg.lstsq(weighted[:, active], np.ones(len(times)), rcond=None)
+        if (solution >= 0).all() or len(active) == 1:
+            break
+        active.pop(int(np.argmin(solution * np.abs(features[:, active]).mean(axis=0))))
+    result = [0.0] * features.shape[1]
+    for index, value in zip(active, solution, strict=True):
+        result[index] = max(float(value), 0.0)
+    return result
+
+
+def _plan(rows: int, tokens: int, start: int, num_pages: int, block_size: int) -> StepPlan:
+    per_row = -(-(start + tokens) // block_size)
+    spec = SampleSpec(SamplingParams(temperature=0.0), stream=0, position=1, num_logprobs=0)
+    return StepPlan(
+        tuple(
+            Row(
+                sequence_id=r,
+                token_ids=(0,) * tokens,
+                start=start,
+                pages=tuple((r * per_row + b) % num_pages for b in range(per_row)),
+                sample=spec,
+            )
+            for r in range(rows)
+        )
+    )

@@ -1,0 +1,76 @@
+"""What the engine tells its host after a step. Values only; worker/engine_process.py encodes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from paceline.domain.request import TokenChunk
+from paceline.engine.ports import StoredBlock
+
+
+@dataclass(frozen=True, slots=True)
+class OutputEvent:
+    """News of one request."""
+
+    request_id: str
+    chunks: tuple[TokenChunk, ...] = ()
+    local_hit_tokens: int = 0
+    store_hit_tokens: int = 0
+    computed_tokens: int = 0
+    is_finished: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LookupEvent:
+    """Asks the host for blocks of the store; answered by `Engine.answer_lookup`."""
+
+    lookup_id: int
+    request_id: str
+    keys: tuple[bytes, ...]
+    tail_key: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedEvent:
+    """The blocks of a lookup were read or are not needed: their pins can go."""
+
+    lookup_id: int
+    corrupt_keys: tuple[bytes, ...]
+    num_blocks: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class SavedEvent:
+    """Blocks were written to slots and can be made readable."""
+
+    request_id: str
+    blocks: tuple[StoredBlock, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FailedEvent:
+    """A request was refused or failed; `reason` is stable, lower-kebab."""
+
+    request_id: str
+    reason: str
+    message: str
+
+
+EngineEvent = OutputEvent | LookupEvent | LoadedEvent | SavedEvent | FailedEvent
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """How busy the engine is."""
+
+    num_waiting: int
+    num_running: int
+    pending_prefill_tokens: int
+    free_blocks: int
+    total_blocks: int
+    context_tokens: int
+    last_step_s: float
+    num_preemptions: int
+    num_steps: int
+    num_evictions: int

@@ -1,0 +1,37 @@
+"""How an engine is built: plain values that travel from the worker to its engine process."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """Options of one engine process."""
+
+    model: str
+    """Directory of the checkpoint (Hugging Face layout)."""
+    dtype: str = "f32"
+    """Element type of weights, activations and KV: "f32" or "bf16"."""
+    block_size: int = 16
+    """Tokens per KV block."""
+    num_kv_blocks: int | None = None
+    """KV blocks of the pool; None derives them from `kv_memory_mb`."""
+    kv_memory_mb: int = 256
+    """Memory of the pool in MiB; touched only as it is used."""
+    chunk_tokens: int = 256
+    """Most tokens computed in one step."""
+    max_num_seqs: int = 64
+    """Most sequences running at a time."""
+    threads: int = 1
+    """Compute threads."""
+
+    def to_json(self) -> str:
+        """Return one line of JSON."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> EngineOptions:
+        """Read what `to_json` wrote."""
+        return cls(**json.loads(text))

@@ -1,0 +1,90 @@
+"""What the engine needs from outside: a memory of KV blocks that other processes share.
+
+The worker injects an implementation (kvstore.arena.ArenaView fits by shape); the engine
+never learns where the bytes live or how slots are managed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A place for one block; a stale reference is recognised by `generation`."""
+
+    offset: int
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoredBlock:
+    """A block of the store: where its bytes are and what they must hash to (xxh3-64)."""
+
+    key: bytes
+    slot: Slot
+    checksum: int
+    num_tokens: int
+    is_request_scoped: bool = False
+
+
+class BlockArena(Protocol):
+    """Mapped memory with slots. Offsets are those of the slots' headers."""
+
+    def payload(self, offset: int, length: int) -> memoryview:
+        """Return the writable payload bytes of the slot at `offset`."""
+        ...
+
+    def seal(
+        self,
+        offset: int,
+        *,
+        generation: int,
+        key: bytes,
+        kv_root: bytes,
+        length: int,
+        num_tokens: int,
+        is_request_scoped: bool,
+    ) -> int:
+        """Write the header of a filled slot and return the payload's checksum."""
+        ...
+
+    def check(
+        self,
+        offset: int,
+        *,
+        generation: int,
+        key: bytes,
+        kv_root: bytes,
+        length: int,
+        checksum: int,
+        data: memoryview,
+    ) -> bool:
+        """Tell whether the slot still holds that block and copied `data` is what was written."""
+        ...
+
+    def close(self) -> None:
+        """Unmap the memory."""
+        ...
+
+
+class PageMemory(Protocol):
+    """Access to the bytes of the engine's own pages, one contiguous run each."""
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page."""
+        ...
+
+    def read_page(self, page: int, out: memoryview) -> None:
+        """Copy a page's bytes into `out`."""
+        ...
+
+    def write_page(self, page: int, data: memoryview) -> None:
+        """Overwrite a page's bytes."""
+        ...
+
+    def view_page(self, page: int) -> memoryview:
+        """Return a page's bytes for hashing, valid until the next step."""
+        ...

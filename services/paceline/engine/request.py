@@ -1,0 +1,126 @@
+"""One request's state in the engine: its sequences, their tokens, pages and phases.
+
+Scheduler and engine change these; nothing outside the engine sees them.
+
+    WAITING ──admit──> RUNNING ──finish──> FINISHED
+       ^                  │
+       └────preempt───────┘
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from paceline.domain.blocks import block_key
+from paceline.domain.request import FinishReason, GenerationSpec
+
+
+class Phase(Enum):
+    """Where a sequence is in its life."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One output of a request, or the leader that computes the prompt for several.
+
+        token_ids  [ prompt ............ | output ........ ]
+                   [0 .. num_computed) have KV in `pages`; the rest is still to compute
+    """
+
+    id: int
+    request: Request
+    index: int
+    token_ids: list[int]
+    phase: Phase = Phase.WAITING
+    num_computed: int = 0
+    pages: list[int] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=list)
+    """Keys of the full blocks of `token_ids`, as far as they were needed."""
+    num_registered: int = 0
+    """Leading blocks that are in the prefix cache (or were found there)."""
+    num_stored: int = 0
+    """Leading blocks that need not be written to the KV store (any more)."""
+    has_queued_tail: bool = False
+    """Whether the prompt's partial last block was handed to the KV store (prefill only)."""
+    finish_reason: FinishReason | None = None
+    has_looked_up: bool = False
+    """Whether the KV store was asked since the sequence last started waiting."""
+
+    @property
+    def num_prompt(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.spec.prompt_token_ids)
+
+    @property
+    def num_output(self) -> int:
+        """Tokens generated so far."""
+        return len(self.token_ids) - self.num_prompt
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether it only computes the prompt, for siblings or for the store."""
+        return self.request.is_prefill_only or (
+            self.request.spec.n > 1 and not self.request.is_forked
+        )
+
+    @property
+    def target(self) -> int:
+        """Tokens to compute before something else happens than computing.
+
+        A leader stops one short of the prompt: the last prompt token is computed by whoever
+        draws from its logits.
+        """
+        return self.num_prompt - 1 if self.is_leader else len(self.token_ids)
+
+    @property
+    def num_remaining(self) -> int:
+        """Tokens still to compute up to the target."""
+        return self.target - self.num_computed
+
+    def block_keys(self, num_blocks: int, block_size: int) -> list[bytes]:
+        """Return the keys of the first `num_blocks` full blocks."""
+        while len(self.keys) < num_blocks:
+            start = len(self.keys) * block_size
+            parent = self.keys[-1] if self.keys else self.request.root
+            self.keys.append(
+                block_key(self.request.key, parent, self.token_ids[start : start + block_size])
+            )
+        return self.keys[:num_blocks]
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A submitted request."""
+
+    spec: GenerationSpec
+    key: bytes
+    """blake3 key of its block hashes."""
+    root: bytes
+    """Parent of its first block."""
+    arrival: int
+    """Order of arrival."""
+    is_prefill_only: bool = False
+    resumed: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    finished_indices: frozenset[int] = frozenset()
+    sequences: list[Sequence] = field(default_factory=list)
+    is_forked: bool = False
+    local_hit_tokens: int = 0
+    store_hit_tokens: int = 0
+    has_reported_hits: bool = False
+    num_unsaved: int = 0
+    """Blocks queued for the store and not written yet."""
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Sort key: who runs first."""
+        return (-self.spec.priority, self.arrival)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every sequence ended."""
+        return all(s.phase is Phase.FINISHED for s in self.sequences)

@@ -1,0 +1,138 @@
+"""Turns a step plan into tensors, runs the model and draws tokens. Holds no queues.
+
+Shape legend: N tokens of the step, R rows, M rows that are drawn from, B blocks per row,
+P pages, L layers, H key/value heads, T tokens per block, D head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+
+from paceline.engine.kernels import AttentionBatch
+from paceline.engine.models.decoder import DecoderModel
+from paceline.engine.sampling.sampler import RowSampling, SampleResult, sample
+from paceline.engine.step import Row, SampledToken, SampleSpec, StepPlan, StepResult
+
+
+class Runner:
+    """One model and its page pool on one device."""
+
+    def __init__(
+        self, model: DecoderModel, *, num_pages: int, block_size: int, dtype: torch.dtype
+    ) -> None:
+        config = model.config
+        self._model = model
+        self._block_size = block_size
+        # Page-major: a page holds K and V of all layers in one run of bytes, so moving a block
+        # to or from the KV store is one copy.
+        self._kv_PLKHTD = torch.zeros(
+            num_pages,
+            config.num_layers,
+            2,
+            config.num_kv_heads,
+            block_size,
+            config.head_dim,
+            dtype=dtype,
+        )
+        self._bytes_P = self._kv_PLKHTD.view(num_pages, -1).view(torch.uint8).numpy()
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page."""
+        return int(self._bytes_P.shape[1])
+
+    def read_page(self, page: int, out: memoryview) -> None:
+        """Copy a page's bytes into `out`."""
+        np.copyto(np.frombuffer(out, dtype=np.uint8), self._bytes_P[page])
+
+    def write_page(self, page: int, data: memoryview) -> None:
+        """Overwrite a page's bytes."""
+        np.copyto(self._bytes_P[page], np.frombuffer(data, dtype=np.uint8))
+
+    def view_page(self, page: int) -> memoryview:
+        """Return a page's bytes without copying."""
+        return memoryview(self._bytes_P[page])
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> StepResult:
+        """Copy pages, compute all rows in one pass, draw where the plan says so.
+
+        Raises:
+            InternalError: the model produced NaN.
+        """
+        started = time.perf_counter()
+        for source, destination in plan.page_copies:
+            self._kv_PLKHTD[destination].copy_(self._kv_PLKHTD[source])
+        sampled: list[SampledToken | None] = [None] * len(plan.rows)
+        if plan.rows:
+            logits_MV = self.logits(plan)
+            drawn = [i for i, row in enumerate(plan.rows) if row.sample is not None]
+            if drawn:
+                specs = [plan.rows[i].sample for i in drawn]
+                result = sample(logits_MV, [_row_sampling(s) for s in specs if s is not None])
+                for i, token in zip(drawn, _tokens(result), strict=True):
+                    sampled[i] = token
+        return StepResult(tuple(sampled), time.perf_counter() - started)
+
+    @torch.inference_mode()
+    def logits(self, plan: StepPlan) -> torch.Tensor:
+        """Compute the plan's rows and return float32 logits of the rows to draw from, [M, V]."""
+        rows = plan.rows
+        lengths_R = np.array([len(row.token_ids) for row in rows], dtype=np.int32)
+        cu_q = np.zeros(len(rows) + 1, dtype=np.int32)
+        np.cumsum(lengths_R, out=cu_q[1:])
+        starts_R = np.array([row.start for row in rows], dtype=np.int32)
+        tokens_N = np.concatenate([np.array(row.token_ids, dtype=np.int64) for row in rows])
+        positions_N = np.concatenate(
+            [np.arange(row.start, row.start + len(row.token_ids), dtype=np.int64) for row in rows]
+        )
+        tables_RB = _block_tables(rows)
+        row_of_N = np.repeat(np.arange(len(rows)), lengths_R)
+        pages_N = tables_RB[row_of_N, positions_N // self._block_size]
+        slots_N = pages_N.astype(np.int64) * self._block_size + positions_N % self._block_size
+        attention = AttentionBatch(
+            cu_q=torch.from_numpy(cu_q),
+            kv_lens=torch.from_numpy(starts_R + lengths_R),
+            block_tables=torch.from_numpy(tables_RB),
+            block_size=self._block_size,
+            max_q=int(lengths_R.max()),
+            tree_mask=None,
+        )
+        logit_rows_M = cu_q[1:][[row.sample is not None for row in rows]].astype(np.int64) - 1
+        return self._model.forward(
+            torch.from_numpy(tokens_N),
+            torch.from_numpy(positions_N),
+            self._kv_PLKHTD,
+            torch.from_numpy(slots_N),
+            attention,
+            torch.from_numpy(logit_rows_M),
+        )
+
+
+def _block_tables(rows: tuple[Row, ...]) -> np.ndarray:
+    width = max(len(row.pages) for row in rows)
+    tables = np.zeros((len(rows), width), dtype=np.int32)
+    for i, row in enumerate(rows):
+        tables[i, : len(row.pages)] = row.pages
+    return tables
+
+
+def _row_sampling(spec: SampleSpec) -> RowSampling:
+    return RowSampling(
+        params=spec.sampling,
+        stream=spec.stream,
+        position=spec.position,
+        num_logprobs=spec.num_logprobs,
+        prompt_token_ids=spec.prompt_token_ids,
+        output_token_ids=spec.output_token_ids,
+    )
+
+
+def _tokens(result: SampleResult) -> list[SampledToken]:
+    return [
+        SampledToken(token, logprobs)
+        for token, logprobs in zip(result.token_ids, result.logprobs, strict=True)
+    ]

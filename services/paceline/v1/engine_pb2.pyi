@@ -1,0 +1,218 @@
+from paceline.v1 import inference_pb2 as _inference_pb2
+from paceline.v1 import kvstore_pb2 as _kvstore_pb2
+from paceline.v1 import worker_pb2 as _worker_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class EngineCommand(_message.Message):
+    __slots__ = ("submit", "cancel", "kv_load", "kv_grant", "arena", "check_integrity")
+    SUBMIT_FIELD_NUMBER: _ClassVar[int]
+    CANCEL_FIELD_NUMBER: _ClassVar[int]
+    KV_LOAD_FIELD_NUMBER: _ClassVar[int]
+    KV_GRANT_FIELD_NUMBER: _ClassVar[int]
+    ARENA_FIELD_NUMBER: _ClassVar[int]
+    CHECK_INTEGRITY_FIELD_NUMBER: _ClassVar[int]
+    submit: SubmitRequest
+    cancel: CancelRequest
+    kv_load: KvLoad
+    kv_grant: KvGrant
+    arena: ArenaChange
+    check_integrity: CheckIntegrity
+    def __init__(self, submit: _Optional[_Union[SubmitRequest, _Mapping]] = ..., cancel: _Optional[_Union[CancelRequest, _Mapping]] = ..., kv_load: _Optional[_Union[KvLoad, _Mapping]] = ..., kv_grant: _Optional[_Union[KvGrant, _Mapping]] = ..., arena: _Optional[_Union[ArenaChange, _Mapping]] = ..., check_integrity: _Optional[_Union[CheckIntegrity, _Mapping]] = ...) -> None: ...
+
+class EngineEvent(_message.Message):
+    __slots__ = ("ready", "step", "kv_lookup", "kv_loaded", "kv_saved", "failed", "integrity")
+    READY_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    KV_LOOKUP_FIELD_NUMBER: _ClassVar[int]
+    KV_LOADED_FIELD_NUMBER: _ClassVar[int]
+    KV_SAVED_FIELD_NUMBER: _ClassVar[int]
+    FAILED_FIELD_NUMBER: _ClassVar[int]
+    INTEGRITY_FIELD_NUMBER: _ClassVar[int]
+    ready: EngineReady
+    step: StepOutput
+    kv_lookup: KvLookup
+    kv_loaded: KvLoaded
+    kv_saved: KvSaved
+    failed: RequestFailed
+    integrity: IntegrityReport
+    def __init__(self, ready: _Optional[_Union[EngineReady, _Mapping]] = ..., step: _Optional[_Union[StepOutput, _Mapping]] = ..., kv_lookup: _Optional[_Union[KvLookup, _Mapping]] = ..., kv_loaded: _Optional[_Union[KvLoaded, _Mapping]] = ..., kv_saved: _Optional[_Union[KvSaved, _Mapping]] = ..., failed: _Optional[_Union[RequestFailed, _Mapping]] = ..., integrity: _Optional[_Union[IntegrityReport, _Mapping]] = ...) -> None: ...
+
+class SubmitRequest(_message.Message):
+    __slots__ = ("spec", "is_prefill_only", "resumed", "finished_indices")
+    SPEC_FIELD_NUMBER: _ClassVar[int]
+    IS_PREFILL_ONLY_FIELD_NUMBER: _ClassVar[int]
+    RESUMED_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_INDICES_FIELD_NUMBER: _ClassVar[int]
+    spec: _worker_pb2.GenerationSpec
+    is_prefill_only: bool
+    resumed: _containers.RepeatedCompositeFieldContainer[_worker_pb2.ResumedOutput]
+    finished_indices: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, spec: _Optional[_Union[_worker_pb2.GenerationSpec, _Mapping]] = ..., is_prefill_only: _Optional[bool] = ..., resumed: _Optional[_Iterable[_Union[_worker_pb2.ResumedOutput, _Mapping]]] = ..., finished_indices: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class CancelRequest(_message.Message):
+    __slots__ = ("request_id", "index")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    index: int
+    def __init__(self, request_id: _Optional[str] = ..., index: _Optional[int] = ...) -> None: ...
+
+class KvLookup(_message.Message):
+    __slots__ = ("lookup_id", "request_id", "keys", "tail_key")
+    LOOKUP_ID_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    TAIL_KEY_FIELD_NUMBER: _ClassVar[int]
+    lookup_id: int
+    request_id: str
+    keys: _containers.RepeatedScalarFieldContainer[bytes]
+    tail_key: bytes
+    def __init__(self, lookup_id: _Optional[int] = ..., request_id: _Optional[str] = ..., keys: _Optional[_Iterable[bytes]] = ..., tail_key: _Optional[bytes] = ...) -> None: ...
+
+class KvLoad(_message.Message):
+    __slots__ = ("lookup_id", "blocks")
+    LOOKUP_ID_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    lookup_id: int
+    blocks: _containers.RepeatedCompositeFieldContainer[_kvstore_pb2.AcquiredBlock]
+    def __init__(self, lookup_id: _Optional[int] = ..., blocks: _Optional[_Iterable[_Union[_kvstore_pb2.AcquiredBlock, _Mapping]]] = ...) -> None: ...
+
+class KvLoaded(_message.Message):
+    __slots__ = ("lookup_id", "corrupt_keys", "num_blocks", "num_bytes")
+    LOOKUP_ID_FIELD_NUMBER: _ClassVar[int]
+    CORRUPT_KEYS_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    lookup_id: int
+    corrupt_keys: _containers.RepeatedScalarFieldContainer[bytes]
+    num_blocks: int
+    num_bytes: int
+    def __init__(self, lookup_id: _Optional[int] = ..., corrupt_keys: _Optional[_Iterable[bytes]] = ..., num_blocks: _Optional[int] = ..., num_bytes: _Optional[int] = ...) -> None: ...
+
+class KvGrant(_message.Message):
+    __slots__ = ("slots",)
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    slots: _containers.RepeatedCompositeFieldContainer[_kvstore_pb2.KvSlot]
+    def __init__(self, slots: _Optional[_Iterable[_Union[_kvstore_pb2.KvSlot, _Mapping]]] = ...) -> None: ...
+
+class KvSaved(_message.Message):
+    __slots__ = ("request_id", "blocks")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    blocks: _containers.RepeatedCompositeFieldContainer[_kvstore_pb2.CommittedBlock]
+    def __init__(self, request_id: _Optional[str] = ..., blocks: _Optional[_Iterable[_Union[_kvstore_pb2.CommittedBlock, _Mapping]]] = ...) -> None: ...
+
+class ArenaChange(_message.Message):
+    __slots__ = ("path", "num_bytes")
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    path: str
+    num_bytes: int
+    def __init__(self, path: _Optional[str] = ..., num_bytes: _Optional[int] = ...) -> None: ...
+
+class EngineReady(_message.Message):
+    __slots__ = ("layout", "model_digest", "max_context_tokens", "vocab_size", "num_kv_blocks", "step_cost", "pid")
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    MAX_CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
+    NUM_KV_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    STEP_COST_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    layout: _kvstore_pb2.KvLayout
+    model_digest: str
+    max_context_tokens: int
+    vocab_size: int
+    num_kv_blocks: int
+    step_cost: StepCost
+    pid: int
+    def __init__(self, layout: _Optional[_Union[_kvstore_pb2.KvLayout, _Mapping]] = ..., model_digest: _Optional[str] = ..., max_context_tokens: _Optional[int] = ..., vocab_size: _Optional[int] = ..., num_kv_blocks: _Optional[int] = ..., step_cost: _Optional[_Union[StepCost, _Mapping]] = ..., pid: _Optional[int] = ...) -> None: ...
+
+class StepCost(_message.Message):
+    __slots__ = ("base_s", "row_s", "token_s", "context_s")
+    BASE_S_FIELD_NUMBER: _ClassVar[int]
+    ROW_S_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_S_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_S_FIELD_NUMBER: _ClassVar[int]
+    base_s: float
+    row_s: float
+    token_s: float
+    context_s: float
+    def __init__(self, base_s: _Optional[float] = ..., row_s: _Optional[float] = ..., token_s: _Optional[float] = ..., context_s: _Optional[float] = ...) -> None: ...
+
+class RequestOutput(_message.Message):
+    __slots__ = ("request_id", "chunks", "local_hit_tokens", "store_hit_tokens", "computed_tokens", "is_finished")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STORE_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    IS_FINISHED_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    chunks: _containers.RepeatedCompositeFieldContainer[_worker_pb2.TokenChunk]
+    local_hit_tokens: int
+    store_hit_tokens: int
+    computed_tokens: int
+    is_finished: bool
+    def __init__(self, request_id: _Optional[str] = ..., chunks: _Optional[_Iterable[_Union[_worker_pb2.TokenChunk, _Mapping]]] = ..., local_hit_tokens: _Optional[int] = ..., store_hit_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., is_finished: _Optional[bool] = ...) -> None: ...
+
+class StepOutput(_message.Message):
+    __slots__ = ("outputs", "load")
+    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    outputs: _containers.RepeatedCompositeFieldContainer[RequestOutput]
+    load: EngineLoad
+    def __init__(self, outputs: _Optional[_Iterable[_Union[RequestOutput, _Mapping]]] = ..., load: _Optional[_Union[EngineLoad, _Mapping]] = ...) -> None: ...
+
+class EngineLoad(_message.Message):
+    __slots__ = ("num_waiting", "num_running", "num_pending_prefill_tokens", "num_free_blocks", "num_total_blocks", "last_step_s", "num_preemptions", "num_steps", "num_context_tokens")
+    NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
+    NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
+    NUM_PENDING_PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_FREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOTAL_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    LAST_STEP_S_FIELD_NUMBER: _ClassVar[int]
+    NUM_PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
+    NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
+    NUM_CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    num_waiting: int
+    num_running: int
+    num_pending_prefill_tokens: int
+    num_free_blocks: int
+    num_total_blocks: int
+    last_step_s: float
+    num_preemptions: int
+    num_steps: int
+    num_context_tokens: int
+    def __init__(self, num_waiting: _Optional[int] = ..., num_running: _Optional[int] = ..., num_pending_prefill_tokens: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_total_blocks: _Optional[int] = ..., last_step_s: _Optional[float] = ..., num_preemptions: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_context_tokens: _Optional[int] = ...) -> None: ...
+
+class RequestFailed(_message.Message):
+    __slots__ = ("request_id", "reason", "message")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    reason: str
+    message: str
+    def __init__(self, request_id: _Optional[str] = ..., reason: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
+
+class CheckIntegrity(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class IntegrityReport(_message.Message):
+    __slots__ = ("violations", "num_requests", "num_held_blocks")
+    VIOLATIONS_FIELD_NUMBER: _ClassVar[int]
+    NUM_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_HELD_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    violations: _containers.RepeatedScalarFieldContainer[str]
+    num_requests: int
+    num_held_blocks: int
+    def __init__(self, violations: _Optional[_Iterable[str]] = ..., num_requests: _Optional[int] = ..., num_held_blocks: _Optional[int] = ...) -> None: ...

@@ -1,0 +1,1 @@
+"""The worker process: hosts a role, joins its event loop to an engine process and a KV node."""
