@@ -63,8 +63,9 @@ class Engine:
         is_prefill_only: bool = False,
         resumed: Mapping[int, tuple[int, ...]] | None = None,
         finished_indices: frozenset[int] = frozenset(),
+        fleet_id: str | None = None,
     ) -> None:
-        """Queue a request.
+        """Queue a request; `fleet_id` keys its tail block and defaults to its own id.
 
         Raises:
             AlreadyExistsError: a request with this id runs.
@@ -85,6 +86,7 @@ class Engine:
             key=salt_key(spec.cache_salt),
             root=self._kv_root,
             arrival=self._num_arrivals,
+            fleet_id=spec.request_id if fleet_id is None else fleet_id,
             is_prefill_only=is_prefill_only,
             resumed=dict(resumed or {}),
             finished_indices=finished_indices,
@@ -260,7 +262,7 @@ class Engine:
         keys = sequence.block_keys(num_full, size)
         parent = keys[-1] if keys else request.root
         tokens = sequence.token_ids[num_full * size : last]
-        return tail_key(request.key, parent, tokens, request.spec.request_id)
+        return tail_key(request.key, parent, tokens, request.fleet_id)
 
     def _settle_leaders(self, now_s: float) -> None:
         """Fork or finish sequences that computed the prompt for others."""

@@ -104,6 +104,8 @@ class Request:
     """Parent of its first block."""
     arrival: int
     """Order of arrival."""
+    fleet_id: str = ""
+    """The request's id in the fleet, which keys its prompt's tail block."""
     is_prefill_only: bool = False
     resumed: dict[int, tuple[int, ...]] = field(default_factory=dict)
     finished_indices: frozenset[int] = frozenset()

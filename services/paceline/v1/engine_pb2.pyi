@@ -1,4 +1,3 @@
-from paceline.v1 import inference_pb2 as _inference_pb2
 from paceline.v1 import kvstore_pb2 as _kvstore_pb2
 from paceline.v1 import worker_pb2 as _worker_pb2
 from google.protobuf.internal import containers as _containers
@@ -44,16 +43,18 @@ class EngineEvent(_message.Message):
     def __init__(self, ready: _Optional[_Union[EngineReady, _Mapping]] = ..., step: _Optional[_Union[StepOutput, _Mapping]] = ..., kv_lookup: _Optional[_Union[KvLookup, _Mapping]] = ..., kv_loaded: _Optional[_Union[KvLoaded, _Mapping]] = ..., kv_saved: _Optional[_Union[KvSaved, _Mapping]] = ..., failed: _Optional[_Union[RequestFailed, _Mapping]] = ..., integrity: _Optional[_Union[IntegrityReport, _Mapping]] = ...) -> None: ...
 
 class SubmitRequest(_message.Message):
-    __slots__ = ("spec", "is_prefill_only", "resumed", "finished_indices")
+    __slots__ = ("spec", "is_prefill_only", "resumed", "finished_indices", "fleet_request_id")
     SPEC_FIELD_NUMBER: _ClassVar[int]
     IS_PREFILL_ONLY_FIELD_NUMBER: _ClassVar[int]
     RESUMED_FIELD_NUMBER: _ClassVar[int]
     FINISHED_INDICES_FIELD_NUMBER: _ClassVar[int]
+    FLEET_REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     spec: _worker_pb2.GenerationSpec
     is_prefill_only: bool
     resumed: _containers.RepeatedCompositeFieldContainer[_worker_pb2.ResumedOutput]
     finished_indices: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, spec: _Optional[_Union[_worker_pb2.GenerationSpec, _Mapping]] = ..., is_prefill_only: _Optional[bool] = ..., resumed: _Optional[_Iterable[_Union[_worker_pb2.ResumedOutput, _Mapping]]] = ..., finished_indices: _Optional[_Iterable[int]] = ...) -> None: ...
+    fleet_request_id: str
+    def __init__(self, spec: _Optional[_Union[_worker_pb2.GenerationSpec, _Mapping]] = ..., is_prefill_only: _Optional[bool] = ..., resumed: _Optional[_Iterable[_Union[_worker_pb2.ResumedOutput, _Mapping]]] = ..., finished_indices: _Optional[_Iterable[int]] = ..., fleet_request_id: _Optional[str] = ...) -> None: ...
 
 class CancelRequest(_message.Message):
     __slots__ = ("request_id", "index")

@@ -119,6 +119,7 @@ class EngineLoop:
                 is_prefill_only=message.is_prefill_only,
                 resumed=codec.resumed_from_proto(message.resumed),
                 finished_indices=frozenset(message.finished_indices),
+                fleet_id=message.fleet_request_id,
             )
         except PacelineError as error:
             failed = FailedEvent(message.spec.request_id, error.reason, error.message)

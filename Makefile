@@ -1,0 +1,38 @@
+# Every target sets up what it needs; `make help` lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup check fmt proto test demo up
+
+help: ## List the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-8s %s\n", $$1, $$2}'
+
+setup: $(STAMP) ## Create .venv with everything (PYTHON= chooses the interpreter)
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check 'torch~=2.13.0'
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[worker,local,dev]'
+	@touch $@
+
+check: $(STAMP) ## Lint, types, import rules, wire contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/buf lint proto
+	$(BIN)/buf breaking proto --against proto/base.binpb
+	scripts/check_stubs.sh
+
+fmt: $(STAMP) ## Format the code
+	$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format .
+
+proto: $(STAMP) ## Regenerate the stubs from proto/
+	scripts/generate_stubs.sh
+
+test: $(STAMP) ## Run the whole suite
+	OMP_NUM_THREADS=1 $(BIN)/pytest

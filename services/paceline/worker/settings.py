@@ -1,0 +1,52 @@
+"""Settings of the worker process: flags, environment (PACELINE_*), file."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from paceline.engine.options import EngineOptions
+from paceline.process.settings import ServiceSettings
+
+
+class WorkerSettings(ServiceSettings):
+    """One worker: its role, its model and its engine."""
+
+    role: Literal["prefill", "decode"] = "decode"
+    """What the worker does in the fleet."""
+    model: str
+    """Directory of the checkpoint (Hugging Face layout)."""
+    served_model_name: str = ""
+    """Name that clients use; empty means the directory's name."""
+    port: int = 0
+    """gRPC port; 0 takes any free one."""
+    kv_node: str = ""
+    """KV store node: `host:port` or a member id; empty runs without a store."""
+    dtype: Literal["f32", "bf16"] = "f32"
+    """Element type of weights and KV; f32 is exact against reference implementations."""
+    block_size: int = 16
+    """Tokens per KV block; all workers and nodes of a fleet must agree."""
+    num_kv_blocks: int | None = None
+    """KV blocks of the engine's pool; unset derives them from kv_memory_mb."""
+    kv_memory_mb: int = 256
+    """Memory of the engine's KV pool in MiB; touched only as it is used."""
+    chunk_tokens: int = 256
+    """Most tokens per engine step: smaller keeps ITL low, larger makes prefill efficient."""
+    max_num_seqs: int = 64
+    """Most sequences that run at a time; more wait."""
+    threads: int = 1
+    """Compute threads of the engine."""
+    drain_grace_s: float = 25.0
+    """Seconds that running requests get to finish on SIGTERM."""
+
+    def engine_options(self) -> EngineOptions:
+        """Return what the engine process needs to know."""
+        return EngineOptions(
+            model=self.model,
+            dtype=self.dtype,
+            block_size=self.block_size,
+            num_kv_blocks=self.num_kv_blocks,
+            kv_memory_mb=self.kv_memory_mb,
+            chunk_tokens=self.chunk_tokens,
+            max_num_seqs=self.max_num_seqs,
+            threads=self.threads,
+        )

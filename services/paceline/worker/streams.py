@@ -1,0 +1,111 @@
+"""Buffers between the engine and the callers of its requests.
+
+The engine never waits for a caller: news of several steps merge into one update. A stream
+holds at most one request's tokens (prompt keys and max_tokens per output), which the context
+bounds. bridge.py feeds streams; prefill/ and decode/ drain them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+from paceline.domain.errors import PacelineError
+from paceline.domain.progress import RequestUpdate
+from paceline.domain.request import FinishReason, TokenChunk, TokenLogprobs
+
+
+@dataclass(slots=True)
+class _Merged:
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    target_steps: int = 0
+
+
+class RequestStream:
+    """News of one request, merged until somebody reads them."""
+
+    def __init__(self, *, reports_published: bool) -> None:
+        self._reports_published = reports_published
+        self._chunks: dict[int, _Merged] = {}
+        self._published_keys: list[bytes] = []
+        self._published_tokens = 0
+        self._local_hit_tokens = 0
+        self._store_hit_tokens = 0
+        self._is_finished = False
+        self._error: PacelineError | None = None
+        self._has_news = asyncio.Event()
+
+    def add_chunk(self, chunk: TokenChunk) -> None:
+        """Append tokens of one output."""
+        merged = self._chunks.setdefault(chunk.index, _Merged())
+        merged.token_ids.extend(chunk.token_ids)
+        merged.logprobs.extend(chunk.logprobs)
+        merged.target_steps += chunk.target_steps
+        merged.finish_reason = chunk.finish_reason or merged.finish_reason
+        self._has_news.set()
+
+    def add_published(self, key: bytes, num_tokens: int) -> None:
+        """Note a block of the request that became readable in the store."""
+        if not self._reports_published:
+            return
+        self._published_keys.append(key)
+        self._published_tokens += num_tokens
+        self._has_news.set()
+
+    def add_hits(self, local_tokens: int, store_tokens: int) -> None:
+        """Note prompt tokens that need no computing."""
+        self._local_hit_tokens += local_tokens
+        self._store_hit_tokens += store_tokens
+
+    def finish(self) -> None:
+        """Mark the request as over; what is buffered is still delivered."""
+        self._is_finished = True
+        self._has_news.set()
+
+    def fail(self, error: PacelineError) -> None:
+        """End the stream with an error; what is buffered is delivered first."""
+        self._error = self._error or error
+        self._has_news.set()
+
+    async def updates(self) -> AsyncIterator[RequestUpdate]:
+        """Yield merged updates until the request is over.
+
+        The caller's own deadline bounds the wait; an engine that dies fails the stream.
+        """
+        while True:
+            await self._has_news.wait()
+            self._has_news.clear()
+            update = self._take()
+            is_empty = update == RequestUpdate()
+            if not is_empty:
+                yield update
+            if self._error is not None:
+                raise self._error
+            if update.is_finished:
+                return
+
+    def _take(self) -> RequestUpdate:
+        chunks, self._chunks = self._chunks, {}
+        update = RequestUpdate(
+            chunks=tuple(
+                TokenChunk(
+                    index=index,
+                    token_ids=tuple(m.token_ids),
+                    logprobs=tuple(m.logprobs),
+                    finish_reason=m.finish_reason,
+                    target_steps=m.target_steps,
+                )
+                for index, m in chunks.items()
+            ),
+            published_keys=tuple(self._published_keys),
+            published_tokens=self._published_tokens,
+            local_hit_tokens=self._local_hit_tokens,
+            store_hit_tokens=self._store_hit_tokens,
+            is_finished=self._is_finished,
+        )
+        self._published_keys = []
+        self._published_tokens = self._local_hit_tokens = self._store_hit_tokens = 0
+        return update
