@@ -1,0 +1,1 @@
+"""The wire: frames, codecs between messages and domain values, servers, channels."""

@@ -1,0 +1,174 @@
+"""Plain torch implementation of the model's operations, the oracle of all faster ones.
+
+Shape legend: N tokens of the step, R rows (sequences), C context, P pages, T tokens per page,
+H query heads, K key/value heads, D head size, I intermediate size, O output features.
+The KV pool of one layer is `kv_P2KTD`: K at index 0, V at index 1 of its second dimension.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class AttentionBatch:
+    """A variable-length batch over paged KV.
+
+    Row r has queries [cu_q[r], cu_q[r+1]) and a context of kv_lens[r] tokens, its own included:
+
+        context   [0 ........ kv_len - q_len | ... q_len tokens of this step]
+    """
+
+    cu_q: torch.Tensor
+    """[R+1] int32, on the CPU."""
+    kv_lens: torch.Tensor
+    """[R] int32."""
+    block_tables: torch.Tensor
+    """[R, B] int32 page numbers; entries behind the context are ignored."""
+    block_size: int
+    max_q: int
+    tree_mask: torch.Tensor | None = None
+    """Flat bool, q_len*q_len entries per row, row-major: query may see the step's token."""
+
+
+def rms_norm(x_ND: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
+    """Normalise by the root mean square, in float32 (Zhang and Sennrich 2019, eq. 4)."""
+    x32 = x_ND.float()
+    x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
+    return weight_D * x32.to(x_ND.dtype)
+
+
+def rotary(
+    q_NHD: torch.Tensor, k_NKD: torch.Tensor, cos_sin_C2D: torch.Tensor, positions_N: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate queries and keys by position, halves paired (Su et al. 2021; GPT-NeoX layout)."""
+    cos_N1D, sin_N1D = cos_sin_C2D[positions_N].to(q_NHD.dtype).unsqueeze(2).unbind(1)
+    return (
+        q_NHD * cos_N1D + _rotate_half(q_NHD) * sin_N1D,
+        k_NKD * cos_N1D + _rotate_half(k_NKD) * sin_N1D,
+    )
+
+
+def _rotate_half(x: torch.Tensor) -> torch.Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
+
+
+def write_kv(
+    k_NKD: torch.Tensor, v_NKD: torch.Tensor, kv_P2KTD: torch.Tensor, slots_N: torch.Tensor
+) -> None:
+    """Store keys and values at slots (page * T + offset)."""
+    block_size = kv_P2KTD.shape[3]
+    pages_N, offsets_N = slots_N // block_size, slots_N % block_size
+    kv_P2KTD[pages_N, 0, :, offsets_N] = k_NKD
+    kv_P2KTD[pages_N, 1, :, offsets_N] = v_NKD
+
+
+def linear(
+    x_ND: torch.Tensor, weight_OD: torch.Tensor, bias_O: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Multiply by a weight and add a bias."""
+    return F.linear(x_ND, weight_OD, bias_O)
+
+
+def silu_mul(gate_up_N2I: torch.Tensor) -> torch.Tensor:
+    """Gate the second half by silu of the first."""
+    gate_NI, up_NI = gate_up_N2I.chunk(2, dim=-1)
+    return F.silu(gate_NI) * up_NI
+
+
+def paged_attention(
+    q_NHD: torch.Tensor,
+    kv_P2KTD: torch.Tensor,
+    batch: AttentionBatch,
+    scale: float,
+    *,
+    window: int | None = None,
+) -> torch.Tensor:
+    """Attend each query to its row's context, causally or by the tree mask.
+
+    With `window`, a query at index i sees [i - window + 1, i]. Returns [N, H, D].
+    """
+    out_NHD = torch.empty_like(q_NHD)
+    starts = batch.cu_q.tolist()
+    q_lens = [end - start for start, end in zip(starts, starts[1:], strict=False)]
+    singles = [r for r, q_len in enumerate(q_lens) if q_len == 1]
+    if singles:
+        at = torch.tensor([starts[r] for r in singles])
+        out_NHD[at] = _decode_rows(q_NHD[at], kv_P2KTD, batch, torch.tensor(singles), scale, window)
+    mask_at = 0
+    for r, q_len in enumerate(q_lens):
+        tree_mask = None
+        if batch.tree_mask is not None:
+            tree_mask = batch.tree_mask[mask_at : mask_at + q_len * q_len].view(q_len, q_len)
+            mask_at += q_len * q_len
+        if q_len > 1:
+            rows = slice(starts[r], starts[r + 1])
+            out_NHD[rows] = _long_row(q_NHD[rows], kv_P2KTD, batch, r, scale, window, tree_mask)
+    return out_NHD
+
+
+def _decode_rows(
+    q_RHD: torch.Tensor,
+    kv_P2KTD: torch.Tensor,
+    batch: AttentionBatch,
+    rows_R: torch.Tensor,
+    scale: float,
+    window: int | None,
+) -> torch.Tensor:
+    """Attend single queries together, contexts padded to the longest."""
+    lens_R = batch.kv_lens[rows_R]
+    num_blocks = -(-int(lens_R.max()) // batch.block_size)
+    tables_RB = batch.block_tables[rows_R, :num_blocks].long()
+    in_row_RB = torch.arange(num_blocks) * batch.block_size < lens_R[:, None]
+    kv = kv_P2KTD[torch.where(in_row_RB, tables_RB, 0)]
+    k_RKCD, v_RKCD = kv.permute(2, 0, 3, 1, 4, 5).flatten(3, 4).unbind(0)
+    at_C = torch.arange(k_RKCD.shape[2])
+    seen_RC = at_C < lens_R[:, None]
+    if window is not None:
+        seen_RC &= at_C >= lens_R[:, None] - window
+    # Padding may hold anything, NaN included; masked scores do not protect values.
+    v_RKCD = v_RKCD.masked_fill(~seen_RC[:, None, :, None], 0)
+    out = F.scaled_dot_product_attention(
+        q_RHD.unsqueeze(2),
+        k_RKCD,
+        v_RKCD,
+        attn_mask=seen_RC[:, None, None, :],
+        scale=scale,
+        enable_gqa=True,
+    )
+    return out.squeeze(2)
+
+
+def _long_row(
+    q_QHD: torch.Tensor,
+    kv_P2KTD: torch.Tensor,
+    batch: AttentionBatch,
+    row: int,
+    scale: float,
+    window: int | None,
+    tree_mask_QQ: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attend several queries of one row to its gathered context."""
+    kv_len, q_len = int(batch.kv_lens[row]), q_QHD.shape[0]
+    pages_B = batch.block_tables[row, : -(-kv_len // batch.block_size)].long()
+    k_KCD, v_KCD = kv_P2KTD[pages_B].permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :kv_len].unbind(0)
+    at_Q = torch.arange(kv_len - q_len, kv_len)[:, None]
+    at_C = torch.arange(kv_len)[None, :]
+    seen_QC = at_C <= at_Q
+    if window is not None:
+        seen_QC &= at_C > at_Q - window
+    if tree_mask_QQ is not None:
+        seen_QC[:, kv_len - q_len :] = tree_mask_QQ
+    out_1HQD = F.scaled_dot_product_attention(
+        q_QHD.transpose(0, 1)[None],
+        k_KCD[None],
+        v_KCD[None],
+        attn_mask=seen_QC,
+        scale=scale,
+        enable_gqa=True,
+    )
+    return out_1HQD[0].transpose(0, 1)

@@ -1,0 +1,132 @@
+"""Declares every metric of the platform, with unit and meaning, and serves them.
+
+One `Metrics` per process, made in its main and passed down. Counters with known label values
+start at 0, so that rates exist before the first event.
+"""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+LATENCY_BUCKETS_S = (
+    0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4,
+    0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0,
+)  # fmt: skip
+"""From half a millisecond (small models) up; common SLO thresholds are exact edges."""
+
+
+class Metrics:
+    """All metrics on one registry; a process touches those of its part."""
+
+    def __init__(self, service: str, model: str = "") -> None:
+        self.registry = CollectorRegistry()
+        info = self._gauge("build_info", "Constant 1; labels tell the process", "service", "model")
+        info.labels(service, model).set(1)
+        self.rpc_requests = self._counter(
+            "rpc_requests", "Finished gRPC calls", "method", "code", "reason"
+        )
+        self.rpc_seconds = self._histogram("rpc_seconds", "Duration of gRPC calls", "method")
+        self._declare_gateway()
+        self._declare_worker()
+        self._declare_kv_node()
+
+    def _declare_gateway(self) -> None:
+        self.requests_running = self._gauge("requests_running", "Admitted requests")
+        self.ttft_seconds = self._histogram("ttft_seconds", "Arrival to first token")
+        self.itl_seconds = self._histogram("itl_seconds", "Gap between pieces of one output")
+        self.e2e_seconds = self._histogram("e2e_seconds", "Arrival to last token")
+        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens admitted")
+        self.cached_tokens = self._counter(
+            "cached_prompt_tokens", "Prompt tokens whose KV was found in a cache"
+        )
+        self.completion_tokens = self._counter("completion_tokens", "Tokens sent to clients")
+        self.routing_decisions = self._counter("routing_decisions", "Routing decisions", "kind")
+        self.migrations = self._counter("migrations", "Streams resumed on another worker")
+
+    def _declare_worker(self) -> None:
+        self.kv_saved_blocks = self._counter("kv_saved_blocks", "Blocks written to the KV store")
+        self.kv_saved_bytes = self._counter("kv_saved_bytes", "Bytes written to the KV store")
+        self.kv_loaded_blocks = self._counter("kv_loaded_blocks", "Blocks read from the KV store")
+        self.kv_loaded_bytes = self._counter("kv_loaded_bytes", "Bytes read from the KV store")
+        self.kv_corrupt_blocks = self._counter(
+            "kv_corrupt_blocks", "Blocks whose bytes did not match; they were computed again"
+        )
+        self.engine_waiting = self._gauge("engine_waiting", "Sequences waiting for their turn")
+        self.engine_running = self._gauge("engine_running", "Sequences running")
+        self.engine_free_blocks = self._gauge("engine_free_blocks", "Free or reclaimable KV blocks")
+        self.engine_total_blocks = self._gauge("engine_total_blocks", "KV blocks of the engine")
+        self.engine_step_seconds = self._histogram("engine_step_seconds", "Duration of a step")
+        self.engine_preemptions = self._gauge("engine_preemptions", "Preemptions since start")
+
+    def _declare_kv_node(self) -> None:
+        self.kv_node_blocks = self._gauge("kv_node_blocks", "Readable blocks")
+        self.kv_node_used_bytes = self._gauge("kv_node_used_bytes", "Bytes of readable blocks")
+        self.kv_node_capacity_bytes = self._gauge(
+            "kv_node_capacity_bytes", "Bytes the arena can hold"
+        )
+        self.kv_node_pinned_blocks = self._gauge(
+            "kv_node_pinned_blocks", "Blocks pinned by readers"
+        )
+        self.kv_node_reserved_slots = self._gauge(
+            "kv_node_reserved_slots", "Slots reserved by writers"
+        )
+        self.kv_node_sessions = self._gauge("kv_node_sessions", "Open sessions")
+        self.kv_node_index_pending = self._gauge(
+            "kv_node_index_pending", "Index changes not published yet"
+        )
+        self.kv_node_index_up = self._gauge("kv_node_index_up", "1 while the index answers")
+        self.kv_node_committed_blocks = self._counter(
+            "kv_node_committed_blocks", "Blocks committed by workers"
+        )
+        self.kv_node_acquired_blocks = self._counter(
+            "kv_node_acquired_blocks", "Blocks handed to workers"
+        )
+        self.kv_node_missed_blocks = self._counter(
+            "kv_node_missed_blocks", "Blocks asked for and not there"
+        )
+        self.kv_node_pulled_blocks = self._counter(
+            "kv_node_pulled_blocks", "Blocks received from other nodes"
+        )
+        self.kv_node_pulled_bytes = self._counter(
+            "kv_node_pulled_bytes", "Bytes received from other nodes"
+        )
+        self.kv_node_served_blocks = self._counter(
+            "kv_node_served_blocks", "Blocks sent to other nodes"
+        )
+        self.kv_node_evicted_blocks = self._counter("kv_node_evicted_blocks", "Blocks evicted")
+        self.kv_node_corrupt_blocks = self._counter(
+            "kv_node_corrupt_blocks", "Blocks dropped for a wrong checksum"
+        )
+        self.kv_node_failed_pulls = self._counter(
+            "kv_node_failed_pulls", "Pulls that did not bring everything"
+        )
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"paceline_{name}", text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(f"paceline_{name}", text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, *labels: str) -> Histogram:
+        return Histogram(
+            f"paceline_{name}", text, labels, registry=self.registry, buckets=LATENCY_BUCKETS_S
+        )
+
+
+class MetricsServer:
+    """A /metrics endpoint on its own thread."""
+
+    def __init__(self, metrics: Metrics, host: str, port: int) -> None:
+        self._server, self._thread = start_http_server(port, host, metrics.registry)
+        self.port = int(self._server.server_port)
+
+    def close(self) -> None:
+        """Stop serving."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+def serve_metrics(metrics: Metrics, host: str, port: int) -> MetricsServer:
+    """Serve /metrics at host:port; port 0 takes any free one, see `.port`."""
+    return MetricsServer(metrics, host, port)

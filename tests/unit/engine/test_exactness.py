@@ -1,0 +1,216 @@
+"""Greedy ids and logits equal transformers', whatever the batch, chunk, cache or preemption."""
+
+from __future__ import annotations
+
+import random
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+import torch
+from tests.checkpoints import ARCHITECTURES, DEMO, random_checkpoint
+from tests.unit.engine.memory_arena import MemoryArena, run_until_idle, tokens_of
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from paceline.domain.request import GenerationSpec, SamplingParams
+from paceline.engine.build import build_engine
+from paceline.engine.engine import Engine
+from paceline.engine.options import EngineOptions
+
+GREEDY = SamplingParams(temperature=0.0)
+TIE = 1e-4
+
+
+@lru_cache(maxsize=8)
+def reference(directory: Path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {name: random_checkpoint(name, root / name) for name in ARCHITECTURES}
+
+
+def engine_for(directory: Path, **options: object) -> Engine:
+    defaults = {"num_kv_blocks": 256, "chunk_tokens": 64, "max_num_seqs": 32}
+    return build_engine(EngineOptions(model=str(directory), **{**defaults, **options}))[0]
+
+
+def random_prompts(count: int, seed: int, low: int = 1, high: int = 90) -> list[tuple[int, ...]]:
+    rng = random.Random(seed)
+    return [
+        tuple(rng.randrange(4, 4096) for _ in range(rng.randint(low, high))) for _ in range(count)
+    ]
+
+
+@torch.inference_mode()
+def assert_greedy(directory: Path, prompt: tuple[int, ...], output: list[int]) -> int:
+    """Check each token against the reference's logits; return how many near ties were exempt."""
+    ids = torch.tensor([[*prompt, *output]])
+    logits = reference(directory)(ids).logits[0, len(prompt) - 1 : -1]
+    ties = 0
+    for position, token in enumerate(output):
+        best = logits[position].max()
+        if logits[position].argmax() != token:
+            assert best - logits[position, token] < TIE, f"position {position}"
+            ties += 1
+    return ties
+
+
+def submit(engine: Engine, name: str, prompt: tuple[int, ...], **fields: object) -> None:
+    spec = {"max_tokens": 12, "sampling": GREEDY, "ignore_eos": True, **fields}
+    engine.submit(GenerationSpec(request_id=name, prompt_token_ids=prompt, **spec))
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("chunk_tokens", [16, 37, 512])
+def test_batched_greedy_ids_equal_the_reference(
+    checkpoints: dict[str, Path], architecture: str, chunk_tokens: int
+) -> None:
+    directory = checkpoints[architecture]
+    engine = engine_for(directory, chunk_tokens=chunk_tokens)
+    prompts = random_prompts(10, seed=chunk_tokens)
+    for i, prompt in enumerate(prompts):
+        submit(engine, str(i), prompt)
+    outputs = run_until_idle(engine)
+    for i, prompt in enumerate(prompts):
+        output = tokens_of(outputs[str(i)])
+        assert len(output) == 12
+        assert_greedy(directory, prompt, output)
+    assert engine.check_integrity() == []
+
+
+def test_demo_model_answers_as_the_reference_does() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(DEMO)
+    texts = [f"Question {i}: how many apples are {i} and {i + 1} apples?" for i in range(50)]
+    prompts = [tuple(tokenizer(text)["input_ids"]) for text in texts]
+    engine = engine_for(DEMO, max_num_seqs=16)
+    for i, prompt in enumerate(prompts):
+        submit(engine, str(i), prompt, max_tokens=16)
+    outputs = run_until_idle(engine)
+    ties = sum(assert_greedy(DEMO, p, tokens_of(outputs[str(i)])) for i, p in enumerate(prompts))
+    assert ties <= 8, f"{ties} near ties in {50 * 16} tokens"
+
+
+def test_preempted_sequences_lose_no_token(checkpoints: dict[str, Path]) -> None:
+    directory = checkpoints["llama"]
+    engine = engine_for(directory, num_kv_blocks=12)
+    prompts = random_prompts(6, seed=3, low=30, high=60)
+    for i, prompt in enumerate(prompts):
+        submit(engine, str(i), prompt, max_tokens=60)
+    outputs = run_until_idle(engine)
+    assert engine.load().num_preemptions > 0
+    for i, prompt in enumerate(prompts):
+        output = tokens_of(outputs[str(i)])
+        assert len(output) == 60
+        assert_greedy(directory, prompt, output)
+    assert engine.check_integrity() == []
+
+
+def test_outputs_of_one_prompt_share_its_prefill(checkpoints: dict[str, Path]) -> None:
+    directory = checkpoints["qwen3"]
+    engine = engine_for(directory)
+    prompt = random_prompts(1, seed=5, low=70, high=70)[0]
+    submit(engine, "n", prompt, n=4)
+    outputs = run_until_idle(engine)["n"]
+    first = tokens_of(outputs, 0)
+    assert_greedy(directory, prompt, first)
+    assert all(tokens_of(outputs, i) == first for i in range(4))
+    assert engine.load().num_steps <= 2 + 12
+    assert engine.check_integrity() == []
+
+
+def test_a_prefix_hit_changes_no_token(checkpoints: dict[str, Path]) -> None:
+    directory = checkpoints["mistral"]
+    engine = engine_for(directory)
+    prompt = random_prompts(1, seed=6, low=80, high=80)[0]
+    for name in ("cold", "warm"):
+        submit(engine, name, prompt)
+        events = run_until_idle(engine)[name]
+        assert_greedy(directory, prompt, tokens_of(events))
+        assert events[0].local_hit_tokens == (64 if name == "warm" else 0)
+
+
+def test_kv_of_another_engine_continues_the_request(checkpoints: dict[str, Path]) -> None:
+    directory = checkpoints["qwen2"]
+    prefill, decode = engine_for(directory), engine_for(directory)
+    arena = MemoryArena(1024, 3 * 2 * 2 * 16 * 16 * 4)
+    prefill.attach_arena(arena)
+    decode.attach_arena(arena)
+    for i, prompt in enumerate(random_prompts(8, seed=7, low=1, high=100)):
+        spec = GenerationSpec(
+            str(i), prompt, sampling=GREEDY, max_tokens=12, ignore_eos=True
+        )
+        prefill.submit(spec, is_prefill_only=True)
+        run_until_idle(prefill, arena)
+        decode.submit(spec)
+        events = run_until_idle(decode, arena)[str(i)]
+        assert events[0].store_hit_tokens == len(prompt) - 1
+        assert_greedy(directory, prompt, tokens_of(events))
+    assert prefill.check_integrity() == decode.check_integrity() == []
+
+
+def test_a_corrupt_block_is_computed_again(checkpoints: dict[str, Path]) -> None:
+    directory = checkpoints["llama"]
+    prefill, decode = engine_for(directory), engine_for(directory)
+    arena = MemoryArena(1024, 3 * 2 * 2 * 16 * 16 * 4)
+    prefill.attach_arena(arena)
+    decode.attach_arena(arena)
+    prompt = random_prompts(1, seed=8, low=90, high=90)[0]
+    spec = GenerationSpec("a", prompt, sampling=GREEDY, max_tokens=12, ignore_eos=True)
+    prefill.submit(spec, is_prefill_only=True)
+    run_until_idle(prefill, arena)
+    third = list(arena.blocks.values())[2]
+    arena.payload(third.slot.offset, 8)[3] ^= 0x40
+    decode.submit(spec)
+    events = run_until_idle(decode, arena)["a"]
+    assert events[0].store_hit_tokens == 32
+    assert_greedy(directory, prompt, tokens_of(events))
+
+
+def test_resumed_output_goes_on_where_it_was(checkpoints: dict[str, Path]) -> None:
+    directory = checkpoints["llama"]
+    engine = engine_for(directory)
+    prompt = random_prompts(1, seed=9, low=40, high=40)[0]
+    sampling = SamplingParams(temperature=1.0, seed=11)
+    spec = GenerationSpec(
+        "whole", prompt, sampling=sampling, max_tokens=20, n=2, ignore_eos=True
+    )
+    engine.submit(spec)
+    whole = run_until_idle(engine)["whole"]
+    resumed = {0: tuple(tokens_of(whole, 0)[:7]), 1: tuple(tokens_of(whole, 1)[:13])}
+    other = engine_for(directory)
+    other.submit(spec, resumed=resumed)
+    rest = run_until_idle(other)["whole"]
+    for index in (0, 1):
+        assert [*resumed[index], *tokens_of(rest, index)] == tokens_of(whole, index)
+
+
+def test_a_seed_gives_the_same_tokens_alone_and_in_a_batch(checkpoints: dict[str, Path]) -> None:
+    directory = checkpoints["llama"]
+    sampling = SamplingParams(temperature=0.8, top_p=0.95, seed=1234)
+    prompt = random_prompts(1, seed=10, low=40, high=40)[0]
+    alone, crowded = engine_for(directory), engine_for(directory)
+    submit(alone, "x", prompt, sampling=sampling)
+    for i, other in enumerate(random_prompts(31, seed=12)):
+        submit(crowded, str(i), other, sampling=SamplingParams(seed=i))
+    submit(crowded, "x", prompt, sampling=sampling)
+    one, many = run_until_idle(alone)["x"], run_until_idle(crowded)["x"]
+    assert tokens_of(one) == tokens_of(many)
+
+
+def test_cancelled_requests_leave_no_page_behind(checkpoints: dict[str, Path]) -> None:
+    engine = engine_for(checkpoints["llama"], num_kv_blocks=64)
+    rng = random.Random(0)
+    for i, prompt in enumerate(random_prompts(300, seed=13)):
+        submit(engine, str(i), prompt, n=1 + i % 3, max_tokens=5)
+        for _ in range(rng.randrange(3)):
+            engine.step()
+        engine.cancel(str(i), None if i % 5 else 0)
+        engine.cancel(str(rng.randrange(i + 1)))
+    run_until_idle(engine)
+    assert engine.check_integrity() == []
+    assert engine.load().free_blocks == 64
+
+
