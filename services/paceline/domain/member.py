@@ -32,6 +32,8 @@ class ModelCard:
     block_bytes: int
     max_context_tokens: int
     vocab_size: int
+    kv_dtype: str = ""
+    """Element type of the KV."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,146 @@
+"""The way of a request through the gateway, step by step. The page to read first.
+
+    authenticate > validate > admit > tokenise > lookup > route > prefill > decode > respond
+
+Each step is a file in steps/ (authentication in auth.py, admission in admission.py) and works
+on one RequestContext. server.py calls this for every Generate.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+
+from paceline.domain.errors import NotFoundError, UnavailableError
+from paceline.domain.member import ModelCard
+from paceline.gateway.admission import Admission
+from paceline.gateway.auth import Tenant
+from paceline.gateway.context import RequestContext
+from paceline.gateway.fleet import FleetView
+from paceline.gateway.settings import GatewaySettings
+from paceline.gateway.steps.decode import DecodeStep
+from paceline.gateway.steps.lookup import LookupStep
+from paceline.gateway.steps.prefill import PrefillStep
+from paceline.gateway.steps.respond import Responder
+from paceline.gateway.steps.route import RouteStep
+from paceline.gateway.steps.tokenise import TokeniseStep
+from paceline.gateway.steps.validate import Limits, check_against_model, check_request
+from paceline.gateway.tokenizer import ModelTokenizer
+from paceline.process.metrics import Metrics
+from paceline.v1 import inference_pb2
+
+logger = logging.getLogger(__name__)
+
+
+class Pipeline:
+    """The steps, wired once per process."""
+
+    def __init__(
+        self,
+        settings: GatewaySettings,
+        fleet: FleetView,
+        tokenizer: ModelTokenizer,
+        tokenise: TokeniseStep,
+        lookup: LookupStep,
+        route: RouteStep,
+        metrics: Metrics,
+    ) -> None:
+        self._settings = settings
+        self._limits = Limits(max_outputs=settings.max_outputs)
+        self._fleet = fleet
+        self._tokenizer = tokenizer
+        self._metrics = metrics
+        self.admission = Admission(settings.max_in_flight)
+        self._tokenise = tokenise
+        self._lookup = lookup
+        self._route = route
+        self._prefill = PrefillStep(fleet, route, settings.max_attempts)
+        self._decode = DecodeStep(fleet, lookup, route, metrics, settings.max_attempts)
+
+    async def generate(
+        self, ctx: RequestContext, tenant: Tenant
+    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
+        """Answer one request; closing the iterator cancels it everywhere.
+
+        Raises:
+            PacelineError: why it could not be answered, or not to its end.
+        """
+        ctx.tenant = tenant.name
+        check_request(ctx.request, self._limits)
+        with self.admission.admit(tenant.name, ctx.request_id), self._running(ctx):
+            ctx.model = await self.model(ctx.request.model, tenant, ctx.remaining_s())
+            check_against_model(ctx.request, ctx.model)
+            await self._tokenise(ctx)
+            self._metrics.prompt_tokens.inc(len(ctx.tokens().prompt_token_ids))
+            await self._lookup(ctx)
+            await self._route(ctx)
+            await self._prefill(ctx)
+            responder = Responder(ctx, self._tokenizer, self._metrics)
+            async with aclosing(self._decode(ctx)) as chunks:  # type: ignore[type-var]
+                async for chunk in chunks:
+                    yield responder.push(chunk)
+                    if ctx.is_finished:
+                        break
+                    if chunk.finish_reason is None and ctx.outputs[chunk.index].finish_reason:
+                        await self._decode.stop(ctx, chunk.index)
+            self._metrics.cached_tokens.inc(ctx.cached_tokens)
+
+    async def model(self, name: str, tenant: Tenant, timeout_s: float) -> ModelCard:
+        """Return what is served under a name, once a worker has said so.
+
+        Raises:
+            PermissionDeniedError: the tenant may not name it.
+            NotFoundError: it is not served here.
+            UnavailableError: no worker appeared in time.
+        """
+        served = self._settings.model_name
+        tenant.check_model(name or served)
+        if name not in ("", served):
+            raise NotFoundError("no such model is served here")
+        wait_s = min(self._settings.wait_for_worker_s, timeout_s)
+        await self._fleet.wait_for(lambda: self._fleet.card() is not None, wait_s)
+        card = self._fleet.card()
+        if card is None:
+            raise UnavailableError("no decode worker is ready")
+        return card
+
+    def _running(self, ctx: RequestContext) -> _Running:
+        return _Running(ctx, self.admission, self._metrics)
+
+
+class _Running:
+    """Keeps the gauge of running requests and writes a request's one log line at its end."""
+
+    def __init__(self, ctx: RequestContext, admission: Admission, metrics: Metrics) -> None:
+        self._ctx = ctx
+        self._admission = admission
+        self._metrics = metrics
+
+    def __enter__(self) -> None:
+        self._metrics.requests_running.set(self._admission.num_running)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: object
+    ) -> None:
+        ctx = self._ctx
+        # This request's place is given back right behind.
+        self._metrics.requests_running.set(self._admission.num_running - 1)
+        outcome = "ok" if ctx.is_finished else "cancelled"
+        if kind is not None and issubclass(kind, Exception):
+            outcome = getattr(error, "reason", "internal")
+        fields = {
+            "outcome": outcome,
+            "tenant": ctx.tenant,
+            "prompt_tokens": len(ctx.spec.prompt_token_ids) if ctx.spec else None,
+            "cached_prompt_tokens": ctx.cached_tokens,
+            "completion_tokens": ctx.num_output_tokens,
+            "finish_reasons": [o.finish_reason.value for o in ctx.outputs if o.finish_reason],
+            "prefill_worker": ctx.computed_by,
+            "decode_worker": ctx.decode_worker.id if ctx.decode_worker else "",
+            "migrations": ctx.migrations,
+            "ttft_s": min((o.first_token_s for o in ctx.outputs if o.first_token_s), default=None),
+            "e2e_s": time.monotonic() - ctx.arrival_s,
+        }
+        logger.info("request-finished", extra={"fields": fields})

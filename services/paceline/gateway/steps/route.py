@@ -1,0 +1,78 @@
+"""Chooses the workers of a request: gathers candidates, lets the policy decide, logs why."""
+
+from __future__ import annotations
+
+import logging
+
+from paceline.domain.errors import UnavailableError
+from paceline.domain.member import Member, Role
+from paceline.gateway.context import RequestContext
+from paceline.gateway.fleet import FleetView
+from paceline.gateway.routing.base import FleetLoad, RoutingPolicy, RoutingRequest
+from paceline.gateway.settings import GatewaySettings
+from paceline.process.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+
+class RouteStep:
+    """Fills the workers of a request."""
+
+    def __init__(
+        self, fleet: FleetView, policy: RoutingPolicy, settings: GatewaySettings, metrics: Metrics
+    ) -> None:
+        self._fleet = fleet
+        self._policy = policy
+        self._settings = settings
+        self._metrics = metrics
+
+    async def __call__(self, ctx: RequestContext, *, is_resumed: bool = False) -> None:
+        """Fill `prefill_worker` and `decode_worker`; a resumed stream goes straight to decode.
+
+        Raises:
+            UnavailableError: no worker appeared in time.
+        """
+        fleet, model = self._fleet, ctx.card()
+        wait_s = min(self._settings.wait_for_worker_s, ctx.remaining_s())
+        if not await fleet.wait_for(
+            lambda: bool(fleet.workers(Role.DECODE, model.kv_root)), wait_s
+        ):
+            raise UnavailableError("no decode worker is ready")
+        longest = max((len(o.token_ids) for o in ctx.outputs), default=0)
+        decision = self._policy.decide(
+            RoutingRequest(
+                num_tokens=len(ctx.tokens().prompt_token_ids) + longest,
+                block_size=model.block_size,
+                block_bytes=model.block_bytes,
+                holders=ctx.holders,
+            ),
+            FleetLoad(
+                prefill=[] if is_resumed else fleet.workers(Role.PREFILL, model.kv_root),
+                decode=fleet.workers(Role.DECODE, model.kv_root),
+                in_flight=fleet.in_flight,
+                pending_tokens=fleet.pending_tokens,
+                near_bytes_per_s=self._settings.shm_bytes_per_s,
+                far_bytes_per_s=self._settings.grpc_bytes_per_s,
+                hop_s=self._settings.hop_s,
+            ),
+        )
+        ctx.prefill_worker, ctx.decode_worker = decision.prefill, decision.decode
+        kind = "resumed" if is_resumed else "split" if decision.prefill else "decode-only"
+        self._metrics.routing_decisions.labels(kind).inc()
+        if logger.isEnabledFor(logging.DEBUG):
+            fields = {
+                "prefill": decision.prefill.id if decision.prefill else "",
+                "decode": decision.decode.id,
+                "predicted_ttft_s": decision.predicted_ttft_s,
+                "terms_s": dict(decision.terms),
+                "holders": ctx.holders,
+            }
+            logger.debug("routed", extra={"fields": fields})
+
+
+def kv_sources(fleet: FleetView, ctx: RequestContext, first: Member | None) -> list[str]:
+    """Return the transport URIs of nodes that may hold KV of the request, best first."""
+    ids = [first.node_id] if first is not None else []
+    ids += sorted(ctx.holders, key=lambda id_: -ctx.holders[id_])
+    nodes = [fleet.node(id_) for id_ in dict.fromkeys(ids)]
+    return [node.kv_uri for node in nodes if node is not None and node.kv_uri]

@@ -1,0 +1,165 @@
+"""Checks everything a client may send before anybody works on it. Pure.
+
+What passes here is in the ranges that domain/request.py states; limits that need the model
+(vocabulary, context) come with its card.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from paceline.domain.errors import InvalidRequestError
+from paceline.domain.member import ModelCard
+from paceline.v1 import inference_pb2
+
+MAX_STOP_STRINGS = 64
+MAX_STOP_CHARS = 1024
+MAX_STOP_TOKENS = 1024
+MAX_LOGPROBS = 20
+MAX_MESSAGES = 4096
+MAX_ID_CHARS = 128
+SPECULATION_MODES = ("", "AUTO", "OFF")
+"""Drafters by name join when the build has some."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Limits that the operator sets."""
+
+    max_outputs: int
+
+
+def check_request(request: inference_pb2.GenerateRequest, limits: Limits) -> None:
+    """Check all that does not depend on the model.
+
+    Raises:
+        InvalidRequestError: names the first field that is wrong, and the permitted range.
+    """
+    _check_input(request)
+    _check_sampling(request.sampling)
+    _check_ending(request)
+    n = request.n if request.HasField("n") else 1
+    _in_range("n", n, 1, limits.max_outputs)
+    _in_range("logprobs", request.logprobs, 0, MAX_LOGPROBS)
+    _in_range("priority", request.priority, -100, 100)
+    check_request_id(request.request_id)
+    if request.speculation.mode not in SPECULATION_MODES:
+        raise InvalidRequestError("speculation.mode", "no such drafter; known are AUTO and OFF")
+    constraint = request.WhichOneof("constraint")
+    if constraint is not None:
+        raise InvalidRequestError(
+            constraint, "constrained output is not offered", reason="constraint-unsupported"
+        )
+
+
+def check_against_model(request: inference_pb2.GenerateRequest, model: ModelCard) -> None:
+    """Check token ids and lengths against a model.
+
+    Raises:
+        InvalidRequestError: names the field.
+    """
+    for field, ids in (
+        ("token_ids.ids", request.token_ids.ids),
+        ("stop_token_ids", request.stop_token_ids),
+    ):
+        worst = max(ids, default=0)
+        if worst >= model.vocab_size:
+            raise InvalidRequestError(
+                field, f"token id {worst} is not in the vocabulary [0, {model.vocab_size})"
+            )
+    if request.HasField("max_tokens"):
+        _in_range("max_tokens", request.max_tokens, 1, model.max_context_tokens)
+
+
+def check_length(field: str, num_tokens: int, model: ModelCard) -> None:
+    """Check that a prompt leaves room for a token.
+
+    Raises:
+        InvalidRequestError: it is empty or too long; gives both numbers.
+    """
+    if num_tokens == 0:
+        raise InvalidRequestError(field, "is empty")
+    limit = model.max_context_tokens - 1
+    if num_tokens > limit:
+        raise InvalidRequestError(
+            field,
+            f"{num_tokens} tokens, at most {limit} fit the context of {model.max_context_tokens}",
+            reason="context-too-long",
+        )
+
+
+def check_request_id(request_id: str) -> None:
+    """Check a client's id for a request; empty is fine.
+
+    Raises:
+        InvalidRequestError: too long, or characters that do not belong in logs and metadata.
+    """
+    is_plain = request_id.isascii() and request_id.isprintable()
+    if len(request_id) > MAX_ID_CHARS or not is_plain:
+        raise InvalidRequestError(
+            "request_id", f"must be at most {MAX_ID_CHARS} printable ASCII characters"
+        )
+
+
+def check_messages(messages: inference_pb2.MessageList) -> None:
+    """Check the form of a conversation.
+
+    Raises:
+        InvalidRequestError: it is empty, too long, or a message has no role.
+    """
+    _in_range("messages.messages", len(messages.messages), 1, MAX_MESSAGES)
+    for i, message in enumerate(messages.messages):
+        if not message.role:
+            raise InvalidRequestError(f"messages.messages[{i}].role", "is empty")
+
+
+def _check_input(request: inference_pb2.GenerateRequest) -> None:
+    kind = request.WhichOneof("input")
+    if kind is None:
+        raise InvalidRequestError("input", "one of prompt, messages or token_ids is needed")
+    if kind == "prompt" and not request.prompt:
+        raise InvalidRequestError("prompt", "is empty")
+    if kind == "messages":
+        check_messages(request.messages)
+    if kind == "token_ids" and not request.token_ids.ids:
+        raise InvalidRequestError("token_ids.ids", "is empty")
+
+
+def _check_sampling(sampling: inference_pb2.SamplingParams) -> None:
+    has = sampling.HasField
+    if has("temperature"):
+        _in_range("sampling.temperature", sampling.temperature, 0.0, 100.0)
+    _in_range("sampling.top_k", sampling.top_k, 0, None)
+    if has("top_p"):
+        _in_range("sampling.top_p", sampling.top_p, 0.0, 1.0, is_above=True)
+    _in_range("sampling.min_p", sampling.min_p, 0.0, 1.0)
+    if has("repetition_penalty"):
+        value = sampling.repetition_penalty
+        _in_range("sampling.repetition_penalty", value, 0.0, 100.0, is_above=True)
+    _in_range("sampling.presence_penalty", sampling.presence_penalty, -100.0, 100.0)
+    _in_range("sampling.frequency_penalty", sampling.frequency_penalty, -100.0, 100.0)
+
+
+def _check_ending(request: inference_pb2.GenerateRequest) -> None:
+    if request.HasField("max_tokens") and request.max_tokens < 1:
+        raise InvalidRequestError("max_tokens", "must be at least 1")
+    if len(request.stop) > MAX_STOP_STRINGS:
+        raise InvalidRequestError("stop", f"at most {MAX_STOP_STRINGS} strings")
+    for i, stop in enumerate(request.stop):
+        if not 0 < len(stop) <= MAX_STOP_CHARS:
+            raise InvalidRequestError(f"stop[{i}]", f"must have 1 to {MAX_STOP_CHARS} characters")
+    if len(request.stop_token_ids) > MAX_STOP_TOKENS:
+        raise InvalidRequestError("stop_token_ids", f"at most {MAX_STOP_TOKENS} ids")
+
+
+def _in_range(
+    field: str, value: float, low: float, high: float | None, *, is_above: bool = False
+) -> None:
+    """Refuse a value outside [low, high], or (low, high] with `is_above`; NaN is outside."""
+    is_low = value <= low if is_above else value < low
+    if math.isnan(value) or is_low or (high is not None and value > high):
+        opening = "(" if is_above else "["
+        upper = "" if high is None else f"{high:g}]"
+        wanted = f"in {opening}{low:g}, {upper}" if upper else f"at least {low:g}"
+        raise InvalidRequestError(field, f"{value:g} is not {wanted}")
