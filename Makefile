@@ -36,3 +36,9 @@ proto: $(STAMP) ## Regenerate the stubs from proto/
 
 test: $(STAMP) ## Run the whole suite
 	OMP_NUM_THREADS=1 $(BIN)/pytest
+
+demo: $(STAMP) ## Start a platform on free ports, send it prompts and check what it promises
+	@$(BIN)/paceline demo
+
+up: $(STAMP) ## Start a platform with the demo model and keep it running until Ctrl-C
+	@$(BIN)/paceline up

@@ -1,0 +1,195 @@
+"""`paceline up`: a whole platform on this machine, in the foreground."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import paceline
+from paceline.cli.errors import CommandError, leave
+from paceline.cli.fleet_plan import PlatformOptions
+from paceline.cli.launch import LaunchOptions, run_platform
+from paceline.process.lifecycle import exit_with_parent
+from paceline.process.logs import setup_logging
+
+_FLEET = "Fleet"
+_ENGINE = "Engine"
+_STORE = "KV store"
+_OPERATION = "Operation"
+
+
+def up(
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            help="Checkpoint directory (Hugging Face layout); models/demo by default.",
+            envvar="PACELINE_MODEL",
+            show_default=False,
+        ),
+    ] = None,
+    prefill: Annotated[int, typer.Option(min=0, help="Prefill workers.")] = 1,
+    decode: Annotated[int, typer.Option(min=1, help="Decode workers.")] = 1,
+    grpc_port: Annotated[
+        int,
+        typer.Option(
+            min=0, max=65535, help="gRPC port; 0 = any free one.", envvar="PACELINE_GRPC_PORT"
+        ),
+    ] = 50051,
+    http_port: Annotated[
+        int,
+        typer.Option(
+            min=0, max=65535, help="HTTP port; 0 = any free one.", envvar="PACELINE_HTTP_PORT"
+        ),
+    ] = 8080,
+    ready_file: Annotated[
+        Path | None, typer.Option(help="JSON file written once everything is ready.")
+    ] = None,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="Name that clients use; the directory's name by default.")
+    ] = None,
+    api_keys: Annotated[
+        Path | None, typer.Option(help="JSON file of API keys; without it none is asked for.")
+    ] = None,
+    kv_nodes: Annotated[
+        int, typer.Option(min=1, help="KV store nodes.", rich_help_panel=_STORE)
+    ] = 1,
+    kv_transport: Annotated[
+        str | None,
+        typer.Option(
+            help="How nodes exchange blocks: shm, or grpc as between machines.",
+            rich_help_panel=_STORE,
+        ),
+    ] = None,
+    arena_mb: Annotated[
+        int | None, typer.Option(min=1, help="MiB per node.", rich_help_panel=_STORE)
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="f32 or bf16.", rich_help_panel=_ENGINE)] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Compute threads per worker.",
+            envvar="PACELINE_THREADS",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = None,
+    max_num_seqs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Sequences running per worker.", rich_help_panel=_ENGINE),
+    ] = None,
+    chunk_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens per step.", rich_help_panel=_ENGINE)
+    ] = None,
+    block_size: Annotated[
+        int | None, typer.Option(min=1, help="Tokens per KV block.", rich_help_panel=_ENGINE)
+    ] = None,
+    num_kv_blocks: Annotated[
+        int | None, typer.Option(min=1, help="KV blocks per worker.", rich_help_panel=_ENGINE)
+    ] = None,
+    kv_memory_mb: Annotated[
+        int | None, typer.Option(min=1, help="KV memory per worker.", rich_help_panel=_ENGINE)
+    ] = None,
+    redis_url: Annotated[
+        str | None,
+        typer.Option(
+            help="Redis to use; a private one by default.",
+            envvar="PACELINE_REDIS_URL",
+            rich_help_panel=_FLEET,
+        ),
+    ] = None,
+    fleet: Annotated[
+        str | None,
+        typer.Option(
+            help="Name that separates platforms on one Redis; unique by default.",
+            envvar="PACELINE_FLEET",
+            rich_help_panel=_FLEET,
+        ),
+    ] = None,
+    log_dir: Annotated[
+        Path | None,
+        typer.Option(help="Write logs to files there, not stderr.", rich_help_panel=_OPERATION),
+    ] = None,
+    log_level: Annotated[
+        str | None, typer.Option(help="DEBUG, INFO, WARNING.", rich_help_panel=_OPERATION)
+    ] = None,
+    drain_grace_s: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Seconds for running requests at the end.",
+            envvar="PACELINE_DRAIN_GRACE_S",
+            rich_help_panel=_OPERATION,
+        ),
+    ] = None,
+    start_timeout_s: Annotated[
+        float, typer.Option(min=1, help="Longest start.", rich_help_panel=_OPERATION)
+    ] = 300.0,
+    host: Annotated[
+        str, typer.Option(envvar="PACELINE_HOST", hidden=True, help="Address to bind.")
+    ] = "127.0.0.1",
+) -> None:
+    """Start a platform on this machine and keep it running until Ctrl-C.
+
+    Every process is one of its own: gateway, prefill and decode workers, KV store, Redis.
+    Crashed ones come back. Settings without a flag here: PACELINE_* environment variables.
+    """
+    exit_with_parent()
+    try:
+        options = PlatformOptions(
+            model=find_model(model),
+            num_prefill=prefill,
+            num_decode=decode,
+            num_kv_nodes=kv_nodes,
+            host=host,
+            grpc_port=grpc_port,
+            http_port=http_port,
+            redis_url=redis_url,
+            fleet=fleet,
+            served_model_name=served_model_name,
+            api_keys=api_keys,
+            dtype=dtype,
+            chunk_tokens=chunk_tokens,
+            block_size=block_size,
+            num_kv_blocks=num_kv_blocks,
+            kv_memory_mb=kv_memory_mb,
+            max_num_seqs=max_num_seqs,
+            threads=threads,
+            arena_mb=arena_mb,
+            kv_transport=kv_transport,
+            log_level=log_level,
+            drain_grace_s=drain_grace_s,
+        )
+        for path in (ready_file, api_keys):
+            _require_parent(path)
+        setup_logging("up", log_level or "INFO")
+        launch = LaunchOptions(ready_file, log_dir, start_timeout_s)
+        exit_code = asyncio.run(run_platform(options, launch))
+    except CommandError as error:
+        leave("up", error)
+    raise typer.Exit(exit_code)
+
+
+def find_model(model: Path | None) -> Path:
+    """Return the checkpoint directory: the named one, else the demo model of the source tree.
+
+    Raises:
+        CommandError: there is no checkpoint.
+    """
+    if model is not None:
+        if not (model / "config.json").is_file():
+            raise CommandError(f"--model: {model} holds no config.json, so it is no checkpoint")
+        return model
+    roots = (Path.cwd(), Path(paceline.__file__).resolve().parents[2])
+    for root in roots:
+        demo = root / "models" / "demo"
+        if (demo / "config.json").is_file():
+            return demo
+    raise CommandError("no models/demo here; name a checkpoint directory with --model")
+
+
+def _require_parent(path: Path | None) -> None:
+    if path is not None and not path.parent.is_dir():
+        raise CommandError(f"{path}: there is no directory {path.parent}")

@@ -1,0 +1,164 @@
+"""Which processes a platform has, with which flags."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from paceline.cli.child import ChildSpec
+from paceline.cli.fleet_plan import (
+    FleetPlan,
+    PlatformOptions,
+    place_workers,
+    plan_fleet,
+    with_ports,
+)
+from paceline.gateway.settings import GatewaySettings
+from paceline.kvstore.settings import KvNodeSettings
+from paceline.process.settings import ServiceSettings
+from paceline.worker.settings import WorkerSettings
+
+OPTIONS = PlatformOptions(model=Path("/models/demo"))
+URL = "redis://:secret@127.0.0.1:6379/0"
+
+
+def plan(options: PlatformOptions) -> FleetPlan:
+    return plan_fleet(options, "test", URL, {"PATH": "/bin", "OMP_NUM_THREADS": "64"})
+
+
+def settings_of(spec: ChildSpec, kind: type[ServiceSettings]) -> ServiceSettings:
+    """Let the service itself read the flags."""
+    return kind.load(list(spec.argv[3:]))
+
+
+@pytest.mark.parametrize(
+    ("num_kv_nodes", "num_prefill", "num_decode", "nodes"),
+    [
+        (1, 1, 1, "p0 d0"),
+        (1, 2, 2, "p0 p0 d0 d0"),
+        (2, 1, 1, "p0 d1"),
+        (2, 2, 3, "p0 p0 d1 d1 d1"),
+        (3, 2, 2, "p0 p0 d1 d2"),
+        (4, 3, 3, "p0 p1 p0 d2 d3 d2"),
+        (2, 0, 2, "d1 d1"),
+    ],
+)
+def test_roles_share_a_node_only_if_there_is_one(
+    num_kv_nodes: int, num_prefill: int, num_decode: int, nodes: str
+) -> None:
+    options = replace(
+        OPTIONS, num_kv_nodes=num_kv_nodes, num_prefill=num_prefill, num_decode=num_decode
+    )
+    placed = place_workers(options)
+    assert " ".join(f"{role[0]}{node.removeprefix('kv-')}" for role, _, node in placed) == nodes
+
+
+def test_names_and_roles() -> None:
+    specs = plan(replace(OPTIONS, num_prefill=2, num_decode=1, num_kv_nodes=2)).specs
+    assert [(spec.name, spec.role) for spec in specs] == [
+        ("kv-0", "kvstore"),
+        ("kv-1", "kvstore"),
+        ("prefill-0", "prefill"),
+        ("prefill-1", "prefill"),
+        ("decode-0", "decode"),
+        ("gateway-0", "gateway"),
+    ]
+
+
+def test_unset_options_are_left_to_the_services() -> None:
+    fleet = plan(OPTIONS)
+    flags = {flag for spec in fleet.specs for flag in spec.argv if flag.startswith("--")}
+    assert flags == {
+        *("--member-id", "--fleet", "--model", "--role", "--kv-node"),
+        *("--grpc-port", "--http-port"),
+    }
+
+
+def test_set_options_reach_the_services() -> None:
+    fleet = plan(
+        replace(
+            OPTIONS,
+            grpc_port=0,
+            served_model_name="tiny",
+            api_keys=Path("/keys.json"),
+            dtype="bf16",
+            chunk_tokens=128,
+            block_size=32,
+            num_kv_blocks=99,
+            kv_memory_mb=64,
+            max_num_seqs=7,
+            threads=2,
+            arena_mb=33,
+            kv_transport="grpc",
+            log_level="DEBUG",
+            drain_grace_s=0.0,
+        )
+    )
+    worker = settings_of(fleet.workers[0], WorkerSettings)
+    assert worker.model_dump(include={"role", "kv_node", "fleet", "log_level", "dtype"}) == {
+        "role": "prefill",
+        "kv_node": "kv-0",
+        "fleet": "test",
+        "log_level": "DEBUG",
+        "dtype": "bf16",
+    }
+    assert worker.model_dump(include={"chunk_tokens", "block_size", "num_kv_blocks"}) == {
+        "chunk_tokens": 128,
+        "block_size": 32,
+        "num_kv_blocks": 99,
+    }
+    assert worker.model_dump(include={"kv_memory_mb", "max_num_seqs", "threads"}) == {
+        "kv_memory_mb": 64,
+        "max_num_seqs": 7,
+        "threads": 2,
+    }
+    node = settings_of(fleet.kv_nodes[0], KvNodeSettings)
+    assert node.model_dump(include={"arena_mb", "transport", "drain_grace_s"}) == {
+        "arena_mb": 33,
+        "transport": "grpc",
+        "drain_grace_s": 0.0,
+    }
+    gateway = settings_of(fleet.gateway, GatewaySettings)
+    assert gateway.model_dump(include={"grpc_port", "http_port", "served_model_name"}) == {
+        "grpc_port": 0,
+        "http_port": 8080,
+        "served_model_name": "tiny",
+    }
+    assert gateway.model_dump(include={"api_keys"}) == {"api_keys": Path("/keys.json")}
+
+
+def test_the_redis_password_is_on_no_command_line() -> None:
+    for spec in plan(OPTIONS).specs:
+        assert "secret" not in " ".join(spec.argv)
+        assert spec.env["PACELINE_REDIS_URL"] == URL
+        assert spec.env["PACELINE_EXIT_WITH_PARENT"] == "1"
+
+
+def test_threads_are_bounded_whatever_the_environment_says() -> None:
+    fleet = plan(replace(OPTIONS, threads=3))
+    assert {spec.env["OMP_NUM_THREADS"] for spec in fleet.workers} == {"3"}
+    assert fleet.gateway.env["OMP_NUM_THREADS"] == "1"
+    assert plan(OPTIONS).workers[0].env["OMP_NUM_THREADS"] == "1"
+
+
+def test_children_get_longer_to_end_than_their_requests() -> None:
+    services: list[tuple[ChildSpec, type[ServiceSettings]]] = [
+        (plan(OPTIONS).kv_nodes[0], KvNodeSettings),
+        (plan(OPTIONS).workers[0], WorkerSettings),
+        (plan(OPTIONS).gateway, GatewaySettings),
+    ]
+    for spec, kind in services:
+        grace_s = settings_of(spec, kind).model_dump()["drain_grace_s"]
+        assert spec.grace_s == grace_s + 5.0
+    assert plan(replace(OPTIONS, drain_grace_s=0.0)).gateway.grace_s == 5.0
+
+
+def test_a_restarted_gateway_keeps_its_ports() -> None:
+    gateway = with_ports(plan(replace(OPTIONS, grpc_port=0, http_port=0)).gateway, 50123, 50124)
+    settings = settings_of(gateway, GatewaySettings)
+    assert settings.model_dump(include={"grpc_port", "http_port"}) == {
+        "grpc_port": 50123,
+        "http_port": 50124,
+    }
