@@ -127,7 +127,7 @@ def reference_logits(
 def reference_ids(
     directory: Path, prompt_ids: Sequence[int], num_tokens: int, **generation: Any
 ) -> list[int]:
-    """Return the tokens transformers itself generates greedily; without an end of sequence."""
+    """Return the tokens transformers itself generates greedily, up to the end of sequence."""
     prompt = torch.tensor([[*prompt_ids]])
     config = GenerationConfig(
         max_new_tokens=num_tokens, do_sample=False, pad_token_id=0, **generation

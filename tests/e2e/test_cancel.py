@@ -29,7 +29,7 @@ def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
 
 async def cancel_one(stub: Any, draw: random.Random) -> None:
     """Start a request and leave it in the queue, in prefill, in transfer or in decode."""
-    length = draw.choice([3, 40, 200, 600])
+    length = draw.choice([3, 40, 120, 300])
     shared = draw.random() < 0.3
     ids = [7 + (i if shared else draw.randrange(4000)) for i in range(length)]
     request = GenerateRequest(
