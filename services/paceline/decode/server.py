@@ -7,14 +7,18 @@ waits for it.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
 
 from paceline.domain.progress import RequestUpdate
 from paceline.domain.request import GenerationSpec
+from paceline.process.logs import logged_call, request_id_var
 from paceline.rpc import codec
 from paceline.v1 import worker_pb2
+
+logger = logging.getLogger(__name__)
 
 
 class DecodeEngine(Protocol):
@@ -26,7 +30,7 @@ class DecodeEngine(Protocol):
         kv_sources: Sequence[str],
         resumed: Mapping[int, tuple[int, ...]],
         finished_indices: frozenset[int],
-    ) -> AsyncIterator[RequestUpdate]:
+    ) -> AsyncGenerator[RequestUpdate]:
         """Generate; closing the iterator cancels."""
         ...
 
@@ -41,25 +45,36 @@ class DecodeServicer:
     def __init__(self, engine: DecodeEngine) -> None:
         self._engine = engine
 
-    async def Decode(  # noqa: N802 - name of the contract
+    async def Decode(
         self, request: worker_pb2.DecodeRequest, context: Any
     ) -> AsyncIterator[worker_pb2.DecodeResponse]:
         """Stream tokens until every output ended."""
+        spec = codec.spec_from_proto(request.spec)
+        if not request_id_var.get():
+            request_id_var.set(spec.request_id)
         updates = self._engine.decode(
-            codec.spec_from_proto(request.spec),
+            spec,
             list(request.kv_sources),
             codec.resumed_from_proto(request.resumed),
             frozenset(request.finished_indices),
         )
-        async with aclosing(updates) as open_updates:  # type: ignore[type-var]
-            async for update in open_updates:
-                yield worker_pb2.DecodeResponse(
-                    chunks=[codec.chunk_to_proto(chunk) for chunk in update.chunks],
-                    local_hit_tokens=update.local_hit_tokens,
-                    store_hit_tokens=update.store_hit_tokens,
-                )
+        tokens = local = store = 0
+        with logged_call(logger, "decode-finished") as fields:
+            fields["prompt_tokens"] = len(spec.prompt_token_ids)
+            async with aclosing(updates) as open_updates:
+                async for update in open_updates:
+                    tokens += sum(len(chunk.token_ids) for chunk in update.chunks)
+                    local += update.local_hit_tokens
+                    store += update.store_hit_tokens
+                    fields["tokens"] = tokens
+                    fields["local_hit_tokens"], fields["store_hit_tokens"] = local, store
+                    yield worker_pb2.DecodeResponse(
+                        chunks=[codec.chunk_to_proto(chunk) for chunk in update.chunks],
+                        local_hit_tokens=update.local_hit_tokens,
+                        store_hit_tokens=update.store_hit_tokens,
+                    )
 
-    async def StopSequence(  # noqa: N802 - name of the contract
+    async def StopSequence(
         self, request: worker_pb2.StopSequenceRequest, context: Any
     ) -> worker_pb2.StopSequenceResponse:
         """End one output."""

@@ -7,7 +7,6 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from paceline import __version__
@@ -35,7 +34,6 @@ from paceline.v1 import kvstore_pb2_grpc
 logger = logging.getLogger("paceline.kvstore")
 
 _CLEAR_TIMEOUT_S = 1.0
-_ADD_SERVICER: Callable[..., None] = kvstore_pb2_grpc.add_KvNodeServiceServicer_to_server
 
 
 async def serve(settings: KvNodeSettings) -> int:
@@ -54,11 +52,15 @@ async def _serve(
 ) -> int:
     metrics = Metrics("kvstore")
     tasks = Tasks(stop)
-    parts = _build(settings, node_id, file)
+    parts = _build(settings, node_id, file, metrics)
     server = create_server(
         metrics,
         [SERVICE_NAME],
-        [lambda target: _ADD_SERVICER(KvNodeServicer(parts.node), target)],
+        [
+            lambda target: kvstore_pb2_grpc.add_KvNodeServiceServicer_to_server(
+                KvNodeServicer(parts.node), target
+            )
+        ],
         host=settings.host,
         port=settings.port,
     )
@@ -130,10 +132,10 @@ class Parts:
         await self.index.close()
 
 
-def _build(settings: KvNodeSettings, node_id: str, file: ArenaFile) -> Parts:
+def _build(settings: KvNodeSettings, node_id: str, file: ArenaFile, metrics: Metrics) -> Parts:
     presence = Presence()
     membership = Membership(settings.redis_url, settings.fleet)
-    heartbeat = Heartbeat(membership, presence.current)
+    heartbeat = Heartbeat(membership, presence.current, on_state=metrics.redis_up.set)
     index = BlockIndex(settings.redis_url, settings.fleet)
     publisher = Publisher(
         index,

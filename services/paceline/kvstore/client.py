@@ -7,6 +7,7 @@ worker/kv_link.py on its event loop, and by transport/shm.py between nodes.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -16,8 +17,10 @@ import grpc
 from paceline.domain.errors import InvalidRequestError, PacelineError, UnavailableError
 from paceline.kvstore import wire
 from paceline.kvstore.values import ArenaInfo, KvLayoutInfo, PinnedBlock, Slot, WrittenBlock
-from paceline.rpc.channel import map_rpc_error, open_channel
+from paceline.rpc.channel import map_rpc_error, open_channel, request_metadata
 from paceline.v1 import kvstore_pb2
+
+logger = logging.getLogger(__name__)
 
 CALL_TIMEOUT_S = 2.0
 """Deadline of calls that only touch the node's books."""
@@ -106,7 +109,7 @@ class KvNodeClient:
             except InvalidRequestError as error:
                 raise _unavailable(f"the node refuses the layout: {error.message}") from error
             except UnavailableError:
-                if _now_s() - last_seen_s > self._give_up_s:
+                if not is_told and _now_s() - last_seen_s > self._give_up_s:
                     raise
             finally:
                 if is_told:
@@ -169,7 +172,8 @@ class KvNodeClient:
         )
         try:
             response = await self._call(self._stub.Acquire, request, ACQUIRE_TIMEOUT_S)
-        except PacelineError:
+        except PacelineError as error:
+            logger.info("acquire-failed", extra={"fields": {"error": error.message}})
             return []
         return [wire.pinned_from_proto(block) for block in response.blocks]
 
@@ -191,6 +195,13 @@ class KvNodeClient:
             unused_slots=[wire.slot_to_proto(slot) for slot in unused_slots],
         )
         await self._call(self._stub.Release, request)
+
+    def restart(self) -> None:
+        """End the session so that `run` opens another.
+
+        For when an answer was lost: the node may hold slots that this side never heard of.
+        """
+        self._end_session()
 
     async def close(self) -> None:
         """End the session and the connection."""
@@ -215,7 +226,7 @@ class KvNodeClient:
 
     async def _call(self, method: Any, request: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
         try:
-            return await method(request, timeout=timeout_s)
+            return await method(request, timeout=timeout_s, metadata=request_metadata())
         except grpc.aio.AioRpcError as error:
             raise _unavailable(map_rpc_error(error).message) from error
 
@@ -228,6 +239,12 @@ async def _read(stream: Any) -> kvstore_pb2.AttachResponse:
         if isinstance(mapped, InvalidRequestError):
             raise mapped from error
         raise _unavailable(mapped.message) from error
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        # The stream was cancelled, not its reader.
+        raise _unavailable("the session was ended") from None
     if not isinstance(message, kvstore_pb2.AttachResponse):
         raise _unavailable("the node ended the session")
     return message

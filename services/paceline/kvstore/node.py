@@ -173,6 +173,7 @@ class KvNode:
         deadline_s = _now_s() + self._pull_timeout_s
         try:
             self._pin(session_id, wanted, pinned)
+            num_local = len(pinned)
             for source in sources:
                 missing = [key for key in wanted if key not in pinned]
                 remaining_s = deadline_s - _now_s()
@@ -186,6 +187,9 @@ class KvNode:
                 self._store.release(session_id, pinned)
             raise
         self.counters.missed_blocks += len(wanted) - len(pinned)
+        num_pulled = len(pinned) - num_local
+        fields = {"asked": len(wanted), "found": len(pinned), "pulled": num_pulled}
+        logger.info("blocks-acquired", extra={"fields": fields})
         return self._keep_leading(session_id, keys, tail_key, pinned)
 
     def _pin(

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Coroutine
 from typing import Any
 
+from paceline.domain.errors import PacelineError
+
 logger = logging.getLogger(__name__)
 
 EXIT_WITH_PARENT_VAR = "PACELINE_EXIT_WITH_PARENT"
@@ -23,6 +25,12 @@ def exit_with_parent() -> None:
     """Ask Linux for SIGTERM when the parent dies, if the environment wants it; else do nothing."""
     if sys.platform == "linux" and os.environ.get(EXIT_WITH_PARENT_VAR) == "1":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def die_with_parent() -> None:
+    """Ask Linux to kill this process when its parent dies; for children that hold no state."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def stop_event() -> asyncio.Event:
@@ -67,7 +75,10 @@ class Tasks:
         error = None if task.cancelled() else task.exception()
         if error is None:
             return
-        logger.error("task-crashed", extra={"fields": {"task": task.get_name()}}, exc_info=error)
+        fields = {"task": task.get_name(), "error": str(error)}
+        # Errors of the contract say it all; only what nobody foresaw needs its trace.
+        is_known = isinstance(error, PacelineError)
+        logger.error("task-crashed", extra={"fields": fields}, exc_info=None if is_known else error)
         if is_vital:
             self.has_vital_crash = True
             if self._stop is not None:

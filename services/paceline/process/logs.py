@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
+
+from paceline.domain.errors import PacelineError
 
 request_id_var: ContextVar[str] = ContextVar("request_id", default="")
 """Id of the request that the current task works for; set by the servers' interceptor."""
@@ -39,9 +44,35 @@ class JsonFormatter(logging.Formatter):
 
 
 def setup_logging(service: str, level: str = "INFO") -> None:
-    """Send all logs of the process to stderr as JSON lines. Called once, from a main."""
+    """Send all logs of the process to stderr as JSON lines. Called once, from a main.
+
+    `level` is that of our own loggers; libraries stay at INFO, since their DEBUG is per frame.
+    """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter(service))
     root = logging.getLogger()
     root.handlers[:] = [handler]
-    root.setLevel(level.upper())
+    root.setLevel(max(logging.INFO, logging.getLevelNamesMapping()[level.upper()]))
+    logging.getLogger("paceline").setLevel(level.upper())
+
+
+@contextmanager
+def logged_call(logger: logging.Logger, event: str) -> Iterator[dict[str, object]]:
+    """Log one INFO line when the block ends: its fields, its duration and how it ended.
+
+    The outcome is "ok", "cancelled", or the reason of the error that left the block.
+    """
+    fields: dict[str, object] = {}
+    outcome, started_s = "ok", time.perf_counter()
+    try:
+        yield fields
+    except (asyncio.CancelledError, GeneratorExit):
+        outcome = "cancelled"
+        raise
+    except Exception as error:
+        outcome = error.reason if isinstance(error, PacelineError) else "internal"
+        raise
+    finally:
+        duration_s = round(time.perf_counter() - started_s, 6)
+        fields |= {"duration_s": duration_s, "outcome": outcome}
+        logger.info(event, extra={"fields": fields})

@@ -6,7 +6,18 @@ start at 0, so that rates exist before the first event.
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+import asyncio
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    start_http_server,
+)
+
+from paceline import __version__
 
 LATENCY_BUCKETS_S = (
     0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4,
@@ -20,8 +31,14 @@ class Metrics:
 
     def __init__(self, service: str, model: str = "") -> None:
         self.registry = CollectorRegistry()
-        info = self._gauge("build_info", "Constant 1; labels tell the process", "service", "model")
-        info.labels(service, model).set(1)
+        # Memory, CPU time and open files of the process, under their usual names.
+        ProcessCollector(registry=self.registry)
+        info = self._gauge(
+            "build_info", "Constant 1; labels tell the process", "service", "model", "version"
+        )
+        info.labels(service, model, __version__).set(1)
+        self.tasks = self._gauge("tasks", "Live tasks of the event loop")
+        self.redis_up = self._gauge("redis_up", "1 while Redis answers this process")
         self.rpc_requests = self._counter(
             "rpc_requests", "Finished gRPC calls", "method", "code", "reason"
         )
@@ -29,6 +46,10 @@ class Metrics:
         self._declare_gateway()
         self._declare_worker()
         self._declare_kv_node()
+
+    def watch_loop(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Report the tasks of a loop; counted when scraped, on the scraping thread."""
+        self.tasks.set_function(lambda: len(asyncio.all_tasks(loop)))
 
     def _declare_gateway(self) -> None:
         self.requests_running = self._gauge("requests_running", "Admitted requests")
@@ -56,7 +77,11 @@ class Metrics:
         self.engine_free_blocks = self._gauge("engine_free_blocks", "Free or reclaimable KV blocks")
         self.engine_total_blocks = self._gauge("engine_total_blocks", "KV blocks of the engine")
         self.engine_step_seconds = self._histogram("engine_step_seconds", "Duration of a step")
-        self.engine_preemptions = self._gauge("engine_preemptions", "Preemptions since start")
+        self.engine_preemptions = self._counter("engine_preemptions", "Sequences preempted")
+        self.engine_evictions = self._counter(
+            "engine_evictions", "Cached KV blocks of the engine given up for others"
+        )
+        self.kv_link_up = self._gauge("kv_link_up", "1 while attached to a KV store node")
 
     def _declare_kv_node(self) -> None:
         self.kv_node_blocks = self._gauge("kv_node_blocks", "Readable blocks")
@@ -117,7 +142,11 @@ class MetricsServer:
     """A /metrics endpoint on its own thread."""
 
     def __init__(self, metrics: Metrics, host: str, port: int) -> None:
-        self._server, self._thread = start_http_server(port, host, metrics.registry)
+        try:
+            self._server, self._thread = start_http_server(port, host, metrics.registry)
+        except OSError as error:
+            text = error.strerror or str(error)
+            raise OSError(f"cannot serve metrics on {host}:{port}: {text}") from error
         self.port = int(self._server.server_port)
 
     def close(self) -> None:
@@ -128,5 +157,9 @@ class MetricsServer:
 
 
 def serve_metrics(metrics: Metrics, host: str, port: int) -> MetricsServer:
-    """Serve /metrics at host:port; port 0 takes any free one, see `.port`."""
+    """Serve /metrics at host:port; port 0 takes any free one, see `.port`.
+
+    Raises:
+        OSError: the address cannot be bound; the message says why.
+    """
     return MetricsServer(metrics, host, port)

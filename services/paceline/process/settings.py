@@ -1,14 +1,22 @@
-"""Settings from defaults, file, environment and flags, in rising order; unknown keys refused."""
+"""Settings from defaults, file, environment and flags, in rising order; unknown keys refused.
+
+The services of one machine may share an environment, so a PACELINE_* variable that is no
+setting here can be meant for another service; one that looks misspelt is refused.
+"""
 
 from __future__ import annotations
 
+import difflib
 import json
+import os
 import sys
 import tomllib
+from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -17,12 +25,23 @@ from pydantic_settings import (
     SettingsError,
 )
 
+from paceline import __version__
+
+ENV_PREFIX = "PACELINE_"
+
+_TYPO_RATIO = 0.85
+"""Likeness from which a name counts as a misspelling of another: one or two letters."""
+
+_EPILOG = f"""\
+Every flag is also an environment variable ({ENV_PREFIX}LOG_LEVEL for --log-level) and a key
+of the file given by --config. Flags win over the environment, that over the file."""
+
 
 class ServiceSettings(BaseSettings):
     """What every service has; each service adds its own fields."""
 
     model_config = SettingsConfigDict(
-        env_prefix="PACELINE_",
+        env_prefix=ENV_PREFIX,
         extra="forbid",
         cli_kebab_case=True,
         cli_implicit_flags=True,
@@ -39,23 +58,41 @@ class ServiceSettings(BaseSettings):
     """Name that separates fleets on one Redis."""
     member_id: str = ""
     """Name of this process in the fleet; empty derives one."""
-    metrics_port: int = 0
+    metrics_port: int = Field(default=0, ge=0, le=65535)
     """Port of /metrics; 0 takes any free one."""
-    log_level: str = "INFO"
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Least severe level that is logged."""
+
+    @field_validator("log_level", mode="before")
+    @classmethod
+    def _upper(cls, value: object) -> object:
+        return value.upper() if isinstance(value, str) else value
 
     @classmethod
     def load(cls, argv: list[str] | None = None) -> Self:
         """Read settings; on bad input print what is wrong and exit with status 2."""
-        args = list(sys.argv[1:] if argv is None else argv)
+        parser = ArgumentParser(
+            prog=f"python -m {cls.__module__.rpartition('.')[0]}",
+            description=cls.__doc__,
+            epilog=_EPILOG,
+            formatter_class=RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        parser.add_argument("--version", action="version", version=f"paceline {__version__}")
+        parser.add_argument("--config", metavar="FILE", help="TOML or JSON file", default=SUPPRESS)
         try:
-            path, args = _take_config(args)
-            file_values = _read_file(path) if path else {}
-            flags: Any = CliSettingsSource(cls, cli_parse_args=args)
-            return cls(_cli_settings_source=flags, **file_values)
-        except (ValidationError, SettingsError, ValueError, OSError) as error:
-            print(f"{cls.__name__}: {error}", file=sys.stderr)
-            raise SystemExit(2) from error
+            path, args = _take_config(list(sys.argv[1:] if argv is None else argv))
+            values = _read_file(path) if path else {}
+            _check_environment(os.environ, list(cls.model_fields))
+            flags: Any = CliSettingsSource(cls, root_parser=parser, cli_parse_args=args)
+            build: Any = cls
+            settings: Self = build(_cli_settings_source=flags, **values)
+            return settings
+        except ValidationError as error:
+            problems = "; ".join(_describe(item) for item in error.errors())
+            parser.exit(2, f"{parser.prog}: {problems}\n")
+        except (SettingsError, ValueError, OSError) as error:
+            parser.exit(2, f"{parser.prog}: {error}\n")
 
     @classmethod
     def settings_customise_sources(
@@ -90,7 +127,30 @@ def _take_config(args: list[str]) -> tuple[Path | None, list[str]]:
 
 def _read_file(path: Path) -> dict[str, Any]:
     text = path.read_text(encoding="utf-8")
-    values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    try:
+        values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: not a table of settings")
     return {key.replace("-", "_"): value for key, value in values.items()}
+
+
+def _check_environment(environ: Mapping[str, str], names: list[str]) -> None:
+    """Refuse variables that are almost a setting."""
+    for variable in environ:
+        name = variable.removeprefix(ENV_PREFIX).lower()
+        if not variable.startswith(ENV_PREFIX) or name in names:
+            continue
+        close = difflib.get_close_matches(name, names, n=1, cutoff=_TYPO_RATIO)
+        if close:
+            raise ValueError(f"{variable}: no setting; {ENV_PREFIX}{close[0].upper()} is one")
+
+
+def _describe(problem: Any) -> str:
+    name = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"{name}: no such setting"
+    if problem["type"] == "missing":
+        return f"{name}: must be set"
+    return f"{name}: {problem['msg']}, not {problem['input']!r}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import grpc
-from google.rpc import code_pb2, error_details_pb2
+from google.rpc import code_pb2, error_details_pb2  # type: ignore[import-untyped]
 from grpc_status import rpc_status
 
 from paceline.domain.errors import (
@@ -15,7 +15,8 @@ from paceline.domain.errors import (
     PacelineError,
     UnavailableError,
 )
-from paceline.rpc.interceptors import CODES
+from paceline.process.logs import request_id_var
+from paceline.rpc.interceptors import CODES, REQUEST_ID_KEY, sane_request_id
 
 _KINDS = {code: kind for kind, code in CODES}
 
@@ -38,22 +39,34 @@ def open_channel(address: str) -> grpc.aio.Channel:
     )
 
 
+def request_metadata() -> tuple[tuple[str, str], ...]:
+    """Return the metadata that carries the current request's id to the next hop."""
+    request_id = sane_request_id(request_id_var.get())
+    return ((REQUEST_ID_KEY, request_id),) if request_id else ()
+
+
 def map_rpc_error(error: grpc.aio.AioRpcError) -> PacelineError:
-    """Return our error for a failed call; reason, field and message survive the wire."""
+    """Return our error for a failed call; reason, field, delay and message survive the wire."""
     code = error.code().value[0]
-    reason, field = None, ""
+    reason, field, retry_after_s = None, "", 1.0
     status: Any = rpc_status.from_call(error)
     for detail in status.details if status is not None else ():
         info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
+        retry = error_details_pb2.RetryInfo()
         if detail.Unpack(info):
             reason = info.reason
         elif detail.Unpack(bad) and bad.field_violations:
             field = bad.field_violations[0].field
+        elif detail.Unpack(retry):
+            retry_after_s = retry.retry_delay.ToMilliseconds() / 1000
     message = error.details() or error.code().name
     if code == code_pb2.INVALID_ARGUMENT:
         return InvalidRequestError(field, message.removeprefix(f"{field}: "), reason=reason)
-    if code == code_pb2.UNAVAILABLE:
-        return UnavailableError(message, reason=reason or "peer-unavailable")
+    # A server that stops cancels calls that have just arrived, without a reason of ours.
+    was_cut_off = code == code_pb2.CANCELLED and reason is None
+    if code == code_pb2.UNAVAILABLE or was_cut_off:
+        reason = reason or "peer-unavailable"
+        return UnavailableError(message, retry_after_s=retry_after_s, reason=reason)
     if code == code_pb2.RESOURCE_EXHAUSTED:
-        return ExhaustedError(message, reason=reason)
+        return ExhaustedError(message, retry_after_s=retry_after_s, reason=reason)
     return _KINDS.get(code, InternalError)(message, reason=reason)

@@ -128,9 +128,7 @@ def chunk_from_proto(message: worker_pb2.TokenChunk) -> TokenChunk:
 
 def resumed_to_proto(resumed: Mapping[int, tuple[int, ...]]) -> list[worker_pb2.ResumedOutput]:
     """Encode outputs that go on elsewhere."""
-    return [
-        worker_pb2.ResumedOutput(index=index, token_ids=ids) for index, ids in resumed.items()
-    ]
+    return [worker_pb2.ResumedOutput(index=index, token_ids=ids) for index, ids in resumed.items()]
 
 
 def resumed_from_proto(

@@ -1,19 +1,27 @@
-"""What happens around every call on our servers: request id, error mapping, metrics.
+"""What happens around every call on our servers: request id, decoding, errors, metrics.
 
-Holds the one table from our errors to gRPC codes. Unknown errors reach the client as a fixed
-text with the request id: Python's own text would leak internals.
+A streaming call ends when its client stops reading, so that nothing is held for nobody. Holds
+the one table from our errors to gRPC codes. Unknown errors reach the client as a fixed text
+with the request id: Python's own text would leak internals.
 """
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from typing import Any
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
-from google.rpc import code_pb2, error_details_pb2, status_pb2
+from google.rpc import (  # type: ignore[import-untyped]
+    code_pb2,
+    error_details_pb2,
+    status_pb2,
+)
 from grpc_status import rpc_status
 
 from paceline.domain.errors import (
@@ -37,6 +45,16 @@ logger = logging.getLogger(__name__)
 
 REQUEST_ID_KEY = "x-request-id"
 ERROR_DOMAIN = "paceline"
+SLOW_CLIENT_REASON = "slow-client"
+
+WRITE_TIMEOUT_S = 30.0
+"""A client that reads nothing for this long is taken for gone: its work ends."""
+
+_MAX_REQUEST_ID_CHARS = 128
+_HEALTH_PREFIX = "/grpc.health.v1."
+
+_DEADLINE_SLACK_S = 0.05
+"""A client whose own timer fires first cancels this much before the deadline it sent."""
 
 CODES: tuple[tuple[type[PacelineError], int], ...] = (
     (InvalidRequestError, code_pb2.INVALID_ARGUMENT),
@@ -80,89 +98,197 @@ def status_of(error: PacelineError) -> status_pb2.Status:
     return status_pb2.Status(code=code, message=message, details=packed)
 
 
-class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc,unused-ignore]
-    """Wraps unary and response-streaming handlers."""
+class CallGate:
+    """Counts the calls that run on a server, and refuses new ones once it is closed."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self) -> None:
+        self.is_closed = False
+        self.is_idle = asyncio.Event()
+        """Set while no call runs."""
+        self.is_idle.set()
+        self._num_running = 0
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Count the block as a running call."""
+        self._num_running += 1
+        self.is_idle.clear()
+        try:
+            yield
+        finally:
+            self._num_running -= 1
+            if self._num_running == 0:
+                self.is_idle.set()
+
+    def check(self, method: str) -> None:
+        """Refuse a new call, unless it asks for the server's health.
+
+        Raises:
+            UnavailableError: the gate is closed.
+        """
+        if self.is_closed and not method.startswith(_HEALTH_PREFIX):
+            raise UnavailableError("the server is draining", reason="draining")
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    """Wraps unary and response-streaming handlers; request streams pass through."""
+
+    def __init__(self, metrics: Metrics, *, write_timeout_s: float = WRITE_TIMEOUT_S) -> None:
+        """Count on `metrics`; end streams whose client reads nothing for `write_timeout_s`."""
+        self.gate = CallGate()
         self._metrics = metrics
+        self._write_timeout_s = write_timeout_s
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
-        details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler:
+    async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
         """Return the handler with our behaviour around it."""
-        handler: Any = await continuation(details)
+        handler = await continuation(handler_call_details)
         if handler is None or handler.request_streaming:
             return handler
-        method = details.method
-        metadata = {k: v for k, v in details.invocation_metadata or () if isinstance(v, str)}
-        request_id = metadata.get(REQUEST_ID_KEY, "")
+        call = _Call(
+            self._metrics,
+            self.gate,
+            handler_call_details.method,
+            _request_id(handler_call_details.invocation_metadata),
+            handler.request_deserializer,
+            self._write_timeout_s,
+        )
+        # No deserializer here: messages are decoded inside, where a bad one can be answered.
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(
-                self._around_stream(handler.unary_stream, method, request_id),
-                handler.request_deserializer,
-                handler.response_serializer,
+                call.around_stream(handler.unary_stream), None, handler.response_serializer
             )
         return grpc.unary_unary_rpc_method_handler(
-            self._around_unary(handler.unary_unary, method, request_id),
-            handler.request_deserializer,
-            handler.response_serializer,
+            call.around_unary(handler.unary_unary), None, handler.response_serializer
         )
 
-    def _around_unary(self, call: Any, method: str, request_id: str) -> Any:
-        async def handle(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-            request_id_var.set(request_id)
-            started = time.perf_counter()
-            try:
-                response = await call(request, context)
-            except Exception as error:
-                await self._abort(context, method, started, error)
-                raise
-            self._count(method, started, "OK", "")
-            return response
 
-        return handle
+class _SlowClientError(Exception):
+    """The client did not read for too long."""
 
-    def _around_stream(self, call: Any, method: str, request_id: str) -> Any:
-        async def handle(
-            request: Any, context: grpc.aio.ServicerContext[Any, Any]
-        ) -> AsyncIterator[Any]:
-            request_id_var.set(request_id)
-            started = time.perf_counter()
-            responses = call(request, context)
-            try:
-                async for response in responses:
-                    yield response
-            except Exception as error:
-                await self._abort(context, method, started, error)
-                raise
-            finally:
-                await responses.aclose()
-            self._count(method, started, "OK", "")
 
-        return handle
+class _Call:
+    """One call: from the bytes of its request to its counted end."""
 
-    async def _abort(
+    def __init__(
         self,
-        context: grpc.aio.ServicerContext[Any, Any],
+        metrics: Metrics,
+        gate: CallGate,
         method: str,
-        started: float,
-        error: Exception,
+        request_id: str,
+        decode: Callable[[bytes], Any],
+        write_timeout_s: float,
     ) -> None:
-        if isinstance(error, grpc.aio.AbortError):
-            return
+        self._metrics = metrics
+        self._gate = gate
+        self._method = method
+        self._request_id = request_id
+        self._decode = decode
+        self._write_timeout_s = write_timeout_s
+        self._started_s = time.perf_counter()
+
+    def around_unary(self, method: Any) -> Any:
+        """Return a handler of bytes around a unary method."""
+
+        async def handle(data: bytes, context: Any) -> Any:
+            async with self._guard(context):
+                return await method(self._accept(data), context)
+
+        return handle
+
+    def around_stream(self, method: Any) -> Any:
+        """Return a handler of bytes around a method that yields or writes its responses."""
+
+        async def handle(data: bytes, context: Any) -> None:
+            async with self._guard(context):
+                responses = method(self._accept(data), context)
+                if inspect.isawaitable(responses):
+                    await responses
+                    return
+                async with aclosing(responses):
+                    async for response in responses:
+                        await self._write(context, response)
+
+        return handle
+
+    @asynccontextmanager
+    async def _guard(self, context: Any) -> AsyncIterator[None]:
+        """Set the request id, map errors, count how the call ended."""
+        request_id_var.set(self._request_id)
+        try:
+            with self._gate.entered():
+                yield
+        except asyncio.CancelledError:
+            left_s = context.time_remaining()
+            is_late = left_s is not None and left_s < _DEADLINE_SLACK_S
+            self._count("DEADLINE_EXCEEDED" if is_late else "CANCELLED", "")
+            raise
+        except grpc.aio.AbortError:
+            self._count(getattr(context.code(), "name", "UNKNOWN"), "aborted")
+            raise
+        except _SlowClientError:
+            self._count("ABORTED", SLOW_CLIENT_REASON)
+            fields = {"method": self._method, "timeout_s": self._write_timeout_s}
+            logger.warning(SLOW_CLIENT_REASON, extra={"fields": fields})
+            await _end(context, grpc.StatusCode.ABORTED, SLOW_CLIENT_REASON)
+        except Exception as error:
+            await self._abort(context, error)
+        else:
+            self._count("OK", "")
+
+    def _accept(self, data: bytes) -> Any:
+        """Return the request, if the call may run."""
+        self._gate.check(self._method)
+        try:
+            return self._decode(data)
+        except Exception as error:
+            raise InvalidRequestError(
+                "request", "the message cannot be decoded", reason="undecodable-message"
+            ) from error
+
+    async def _write(self, context: Any, response: Any) -> None:
+        try:
+            async with asyncio.timeout(self._write_timeout_s):
+                await context.write(response)
+        except TimeoutError as error:
+            raise _SlowClientError from error
+        except grpc.aio.InternalError as error:
+            # The client left; its cancellation is about to arrive as well.
+            raise asyncio.CancelledError from error
+
+    async def _abort(self, context: Any, error: Exception) -> None:
         if not isinstance(error, PacelineError):
-            logger.error("unexpected-error", exc_info=error, extra={"fields": {"method": method}})
+            fields = {"method": self._method}
+            logger.error("unexpected-error", exc_info=error, extra={"fields": fields})
             error = InternalError(str(error))
         elif isinstance(error, InternalError):
-            fields = {"method": method, "reason": error.reason, "error": error.message}
+            fields = {"method": self._method, "reason": error.reason, "error": error.message}
             logger.error("internal-error", extra={"fields": fields})
         status = status_of(error)
-        self._count(method, started, code_pb2.Code.Name(status.code), error.reason)
-        wire = rpc_status.to_status(status)
-        await context.abort(wire.code, wire.details, wire.trailing_metadata)
+        self._count(code_pb2.Code.Name(status.code), error.reason)
+        wire: Any = rpc_status.to_status(status)
+        await _end(context, wire.code, wire.details, wire.trailing_metadata)
 
-    def _count(self, method: str, started: float, code: str, reason: str) -> None:
-        self._metrics.rpc_requests.labels(method, code, reason).inc()
-        self._metrics.rpc_seconds.labels(method).observe(time.perf_counter() - started)
+    def _count(self, code: str, reason: str) -> None:
+        self._metrics.rpc_requests.labels(self._method, code, reason).inc()
+        self._metrics.rpc_seconds.labels(self._method).observe(
+            time.perf_counter() - self._started_s
+        )
+
+
+async def _end(context: Any, code: grpc.StatusCode, details: str, trailing: Any = ()) -> None:
+    """Abort the call; its status waits behind unread data, and is lost if the client leaves."""
+    with suppress(grpc.aio.InternalError):
+        await context.abort(code, details, trailing)
+
+
+def sane_request_id(text: str) -> str:
+    """Return the id, or nothing where it is not fit for metadata and log lines."""
+    is_sane = len(text) <= _MAX_REQUEST_ID_CHARS and text.isascii() and text.isprintable()
+    return text if is_sane else ""
+
+
+def _request_id(metadata: Any) -> str:
+    for key, value in metadata or ():
+        if key == REQUEST_ID_KEY and isinstance(value, str):
+            return sane_request_id(value)
+    return ""

@@ -3,32 +3,40 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable, Sequence
-from typing import Any
+from contextlib import suppress
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1.health import aio as health_aio
+from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from paceline.process.metrics import Metrics
-from paceline.rpc.interceptors import CallInterceptor
+from paceline.rpc import health
+from paceline.rpc.interceptors import WRITE_TIMEOUT_S, CallGate, CallInterceptor
 
 MAX_MESSAGE_BYTES = 4 << 20
 
-_SERVING = health_pb2.HealthCheckResponse.SERVING
-_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+_STOP_GRACE_S = 0.1
+"""Time for the last replies to leave."""
 
 
 class GrpcServer:
     """A server with health, reflection and an orderly end."""
 
     def __init__(
-        self, server: grpc.aio.Server, health: Any, names: Sequence[str], host: str, port: int
+        self,
+        metrics: Metrics,
+        gate: CallGate,
+        server: grpc.aio.Server,
+        servicer: health.HealthServicer,
+        host: str,
+        port: int,
     ) -> None:
+        self._metrics = metrics
+        self._gate = gate
         self._server = server
-        self._health = health
-        self._names = ["", *names]
+        self._health = servicer
         self._host = host
         self.port = port
 
@@ -39,21 +47,22 @@ class GrpcServer:
 
     async def start(self) -> None:
         """Accept calls; health says NOT_SERVING until `set_ready`."""
-        await self._set(_NOT_SERVING)
+        self._metrics.watch_loop(asyncio.get_running_loop())
         await self._server.start()
 
     def set_ready(self, is_ready: bool) -> None:
         """Tell health checks whether work is welcome."""
-        self._setting = asyncio.create_task(self._set(_SERVING if is_ready else _NOT_SERVING))
+        self._health.set_ready(is_ready)
 
     async def drain(self, grace_s: float) -> None:
         """Refuse new calls, let running ones finish for `grace_s`, then end them."""
-        await self._health.enter_graceful_shutdown()
-        await self._server.stop(grace_s)
-
-    async def _set(self, status: Any) -> None:
-        for name in self._names:
-            await self._health.set(name, status)
+        # gRPC's own stop cancels calls that are on their way, which looks like the caller's will.
+        self._gate.is_closed = True
+        self._health.close()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(grace_s):
+                await self._gate.is_idle.wait()
+        await self._server.stop(_STOP_GRACE_S)
 
 
 def create_server(
@@ -64,14 +73,19 @@ def create_server(
     host: str,
     port: int,
     max_message_bytes: int = MAX_MESSAGE_BYTES,
+    write_timeout_s: float = WRITE_TIMEOUT_S,
 ) -> GrpcServer:
     """Create a server bound to host:port; port 0 takes any free one.
 
+    A streaming call whose client reads nothing for `write_timeout_s` is ended.
+
     Raises:
-        OSError: the port is taken.
+        OSError: the address cannot be bound; the message says why.
     """
+    _check_port(host, port)
+    interceptor = CallInterceptor(metrics, write_timeout_s=write_timeout_s)
     server = grpc.aio.server(
-        interceptors=[CallInterceptor(metrics)],
+        interceptors=[interceptor],
         options=[
             ("grpc.so_reuseport", 0),
             ("grpc.max_receive_message_length", max_message_bytes),
@@ -88,14 +102,25 @@ def create_server(
     )
     for add in servicer_adders:
         add(server)
-    health = health_aio.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(health, server)
-    names = [*service_names, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name]
-    reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server)
+    servicer = health.HealthServicer(service_names)
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    names = [*service_names, health.SERVICE_NAME, reflection.SERVICE_NAME]
+    reflection.enable_server_reflection(names, server)
     try:
         bound = server.add_insecure_port(f"{host}:{port}")
     except RuntimeError as error:
-        raise OSError(f"{host}:{port} cannot be bound, is it taken?") from error
+        raise OSError(f"{host}:{port} cannot be bound") from error
     if bound == 0:
-        raise OSError(f"{host}:{port} cannot be bound, is it taken?")
-    return GrpcServer(server, health, service_names, host, bound)
+        raise OSError(f"{host}:{port} cannot be bound")
+    return GrpcServer(metrics, interceptor.gate, server, servicer, host, bound)
+
+
+def _check_port(host: str, port: int) -> None:
+    """Bind once by hand: gRPC does not say what is wrong, and writes to stderr itself."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise OSError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error

@@ -26,7 +26,7 @@ from paceline.v1 import kvstore_pb2 as paceline_dot_v1_dot_kvstore__pb2
 from paceline.v1 import worker_pb2 as paceline_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18paceline/v1/engine.proto\x12\x0bpaceline.v1\x1a\x19paceline/v1/kvstore.proto\x1a\x18paceline/v1/worker.proto\"\xab\x02\n\rEngineCommand\x12,\n\x06submit\x18\x01 \x01(\x0b\x32\x1a.paceline.v1.SubmitRequestH\x00\x12,\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x1a.paceline.v1.CancelRequestH\x00\x12&\n\x07kv_load\x18\x03 \x01(\x0b\x32\x13.paceline.v1.KvLoadH\x00\x12(\n\x08kv_grant\x18\x04 \x01(\x0b\x32\x14.paceline.v1.KvGrantH\x00\x12)\n\x05\x61rena\x18\x05 \x01(\x0b\x32\x18.paceline.v1.ArenaChangeH\x00\x12\x36\n\x0f\x63heck_integrity\x18\x06 \x01(\x0b\x32\x1b.paceline.v1.CheckIntegrityH\x00\x42\t\n\x07\x63ommand\"\xcd\x02\n\x0b\x45ngineEvent\x12)\n\x05ready\x18\x01 \x01(\x0b\x32\x18.paceline.v1.EngineReadyH\x00\x12\'\n\x04step\x18\x02 \x01(\x0b\x32\x17.paceline.v1.StepOutputH\x00\x12*\n\tkv_lookup\x18\x03 \x01(\x0b\x32\x15.paceline.v1.KvLookupH\x00\x12*\n\tkv_loaded\x18\x04 \x01(\x0b\x32\x15.paceline.v1.KvLoadedH\x00\x12(\n\x08kv_saved\x18\x05 \x01(\x0b\x32\x14.paceline.v1.KvSavedH\x00\x12,\n\x06\x66\x61iled\x18\x06 \x01(\x0b\x32\x1a.paceline.v1.RequestFailedH\x00\x12\x31\n\tintegrity\x18\x07 \x01(\x0b\x32\x1c.paceline.v1.IntegrityReportH\x00\x42\x07\n\x05\x65vent\"\xb4\x01\n\rSubmitRequest\x12)\n\x04spec\x18\x01 \x01(\x0b\x32\x1b.paceline.v1.GenerationSpec\x12\x17\n\x0fis_prefill_only\x18\x02 \x01(\x08\x12+\n\x07resumed\x18\x03 \x03(\x0b\x32\x1a.paceline.v1.ResumedOutput\x12\x18\n\x10\x66inished_indices\x18\x04 \x03(\r\x12\x18\n\x10\x66leet_request_id\x18\x05 \x01(\t\"A\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\x05index\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\x08\n\x06_index\"Q\n\x08KvLookup\x12\x11\n\tlookup_id\x18\x01 \x01(\x04\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0c\n\x04keys\x18\x03 \x03(\x0c\x12\x10\n\x08tail_key\x18\x04 \x01(\x0c\"G\n\x06KvLoad\x12\x11\n\tlookup_id\x18\x01 \x01(\x04\x12*\n\x06\x62locks\x18\x02 \x03(\x0b\x32\x1a.paceline.v1.AcquiredBlock\"Z\n\x08KvLoaded\x12\x11\n\tlookup_id\x18\x01 \x01(\x04\x12\x14\n\x0c\x63orrupt_keys\x18\x02 \x03(\x0c\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12\x11\n\tnum_bytes\x18\x04 \x01(\x04\"-\n\x07KvGrant\x12\"\n\x05slots\x18\x01 \x03(\x0b\x32\x13.paceline.v1.KvSlot\"J\n\x07KvSaved\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12+\n\x06\x62locks\x18\x02 \x03(\x0b\x32\x1b.paceline.v1.CommittedBlock\".\n\x0b\x41renaChange\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\"\xc8\x01\n\x0b\x45ngineReady\x12%\n\x06layout\x18\x01 \x01(\x0b\x32\x15.paceline.v1.KvLayout\x12\x14\n\x0cmodel_digest\x18\x02 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x03 \x01(\r\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x15\n\rnum_kv_blocks\x18\x05 \x01(\r\x12(\n\tstep_cost\x18\x06 \x01(\x0b\x32\x15.paceline.v1.StepCost\x12\x0b\n\x03pid\x18\x07 \x01(\r\"M\n\x08StepCost\x12\x0e\n\x06\x62\x61se_s\x18\x01 \x01(\x01\x12\r\n\x05row_s\x18\x02 \x01(\x01\x12\x0f\n\x07token_s\x18\x03 \x01(\x01\x12\x11\n\tcontext_s\x18\x04 \x01(\x01\"\xae\x01\n\rRequestOutput\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\'\n\x06\x63hunks\x18\x02 \x03(\x0b\x32\x17.paceline.v1.TokenChunk\x12\x18\n\x10local_hit_tokens\x18\x03 \x01(\r\x12\x18\n\x10store_hit_tokens\x18\x04 \x01(\r\x12\x17\n\x0f\x63omputed_tokens\x18\x05 \x01(\r\x12\x13\n\x0bis_finished\x18\x06 \x01(\x08\"`\n\nStepOutput\x12+\n\x07outputs\x18\x01 \x03(\x0b\x32\x1a.paceline.v1.RequestOutput\x12%\n\x04load\x18\x02 \x01(\x0b\x32\x17.paceline.v1.EngineLoad\"\xea\x01\n\nEngineLoad\x12\x13\n\x0bnum_waiting\x18\x01 \x01(\r\x12\x13\n\x0bnum_running\x18\x02 \x01(\r\x12\"\n\x1anum_pending_prefill_tokens\x18\x03 \x01(\x04\x12\x17\n\x0fnum_free_blocks\x18\x04 \x01(\r\x12\x18\n\x10num_total_blocks\x18\x05 \x01(\r\x12\x13\n\x0blast_step_s\x18\x06 \x01(\x01\x12\x17\n\x0fnum_preemptions\x18\x07 \x01(\x04\x12\x11\n\tnum_steps\x18\x08 \x01(\x04\x12\x1a\n\x12num_context_tokens\x18\t \x01(\x04\"D\n\rRequestFailed\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"\x10\n\x0e\x43heckIntegrity\"T\n\x0fIntegrityReport\x12\x12\n\nviolations\x18\x01 \x03(\t\x12\x14\n\x0cnum_requests\x18\x02 \x01(\r\x12\x17\n\x0fnum_held_blocks\x18\x03 \x01(\rb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18paceline/v1/engine.proto\x12\x0bpaceline.v1\x1a\x19paceline/v1/kvstore.proto\x1a\x18paceline/v1/worker.proto\"\xce\x02\n\rEngineCommand\x12,\n\x06submit\x18\x01 \x01(\x0b\x32\x1a.paceline.v1.SubmitRequestH\x00\x12,\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x1a.paceline.v1.CancelRequestH\x00\x12&\n\x07kv_load\x18\x03 \x01(\x0b\x32\x13.paceline.v1.KvLoadH\x00\x12(\n\x08kv_grant\x18\x04 \x01(\x0b\x32\x14.paceline.v1.KvGrantH\x00\x12)\n\x05\x61rena\x18\x05 \x01(\x0b\x32\x18.paceline.v1.ArenaChangeH\x00\x12\x36\n\x0f\x63heck_integrity\x18\x06 \x01(\x0b\x32\x1b.paceline.v1.CheckIntegrityH\x00\x12!\n\x04ping\x18\x07 \x01(\x0b\x32\x11.paceline.v1.PingH\x00\x42\t\n\x07\x63ommand\"\xf0\x02\n\x0b\x45ngineEvent\x12)\n\x05ready\x18\x01 \x01(\x0b\x32\x18.paceline.v1.EngineReadyH\x00\x12\'\n\x04step\x18\x02 \x01(\x0b\x32\x17.paceline.v1.StepOutputH\x00\x12*\n\tkv_lookup\x18\x03 \x01(\x0b\x32\x15.paceline.v1.KvLookupH\x00\x12*\n\tkv_loaded\x18\x04 \x01(\x0b\x32\x15.paceline.v1.KvLoadedH\x00\x12(\n\x08kv_saved\x18\x05 \x01(\x0b\x32\x14.paceline.v1.KvSavedH\x00\x12,\n\x06\x66\x61iled\x18\x06 \x01(\x0b\x32\x1a.paceline.v1.RequestFailedH\x00\x12\x31\n\tintegrity\x18\x07 \x01(\x0b\x32\x1c.paceline.v1.IntegrityReportH\x00\x12!\n\x04pong\x18\x08 \x01(\x0b\x32\x11.paceline.v1.PongH\x00\x42\x07\n\x05\x65vent\"\xb4\x01\n\rSubmitRequest\x12)\n\x04spec\x18\x01 \x01(\x0b\x32\x1b.paceline.v1.GenerationSpec\x12\x17\n\x0fis_prefill_only\x18\x02 \x01(\x08\x12+\n\x07resumed\x18\x03 \x03(\x0b\x32\x1a.paceline.v1.ResumedOutput\x12\x18\n\x10\x66inished_indices\x18\x04 \x03(\r\x12\x18\n\x10\x66leet_request_id\x18\x05 \x01(\t\"A\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\x05index\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\x08\n\x06_index\"Q\n\x08KvLookup\x12\x11\n\tlookup_id\x18\x01 \x01(\x04\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0c\n\x04keys\x18\x03 \x03(\x0c\x12\x10\n\x08tail_key\x18\x04 \x01(\x0c\"G\n\x06KvLoad\x12\x11\n\tlookup_id\x18\x01 \x01(\x04\x12*\n\x06\x62locks\x18\x02 \x03(\x0b\x32\x1a.paceline.v1.AcquiredBlock\"Z\n\x08KvLoaded\x12\x11\n\tlookup_id\x18\x01 \x01(\x04\x12\x14\n\x0c\x63orrupt_keys\x18\x02 \x03(\x0c\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12\x11\n\tnum_bytes\x18\x04 \x01(\x04\"-\n\x07KvGrant\x12\"\n\x05slots\x18\x01 \x03(\x0b\x32\x13.paceline.v1.KvSlot\"J\n\x07KvSaved\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12+\n\x06\x62locks\x18\x02 \x03(\x0b\x32\x1b.paceline.v1.CommittedBlock\".\n\x0b\x41renaChange\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\"\xc8\x01\n\x0b\x45ngineReady\x12%\n\x06layout\x18\x01 \x01(\x0b\x32\x15.paceline.v1.KvLayout\x12\x14\n\x0cmodel_digest\x18\x02 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x03 \x01(\r\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x15\n\rnum_kv_blocks\x18\x05 \x01(\r\x12(\n\tstep_cost\x18\x06 \x01(\x0b\x32\x15.paceline.v1.StepCost\x12\x0b\n\x03pid\x18\x07 \x01(\r\"M\n\x08StepCost\x12\x0e\n\x06\x62\x61se_s\x18\x01 \x01(\x01\x12\r\n\x05row_s\x18\x02 \x01(\x01\x12\x0f\n\x07token_s\x18\x03 \x01(\x01\x12\x11\n\tcontext_s\x18\x04 \x01(\x01\"\xae\x01\n\rRequestOutput\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\'\n\x06\x63hunks\x18\x02 \x03(\x0b\x32\x17.paceline.v1.TokenChunk\x12\x18\n\x10local_hit_tokens\x18\x03 \x01(\r\x12\x18\n\x10store_hit_tokens\x18\x04 \x01(\r\x12\x17\n\x0f\x63omputed_tokens\x18\x05 \x01(\r\x12\x13\n\x0bis_finished\x18\x06 \x01(\x08\"`\n\nStepOutput\x12+\n\x07outputs\x18\x01 \x03(\x0b\x32\x1a.paceline.v1.RequestOutput\x12%\n\x04load\x18\x02 \x01(\x0b\x32\x17.paceline.v1.EngineLoad\"\x81\x02\n\nEngineLoad\x12\x13\n\x0bnum_waiting\x18\x01 \x01(\r\x12\x13\n\x0bnum_running\x18\x02 \x01(\r\x12\"\n\x1anum_pending_prefill_tokens\x18\x03 \x01(\x04\x12\x17\n\x0fnum_free_blocks\x18\x04 \x01(\r\x12\x18\n\x10num_total_blocks\x18\x05 \x01(\r\x12\x13\n\x0blast_step_s\x18\x06 \x01(\x01\x12\x17\n\x0fnum_preemptions\x18\x07 \x01(\x04\x12\x11\n\tnum_steps\x18\x08 \x01(\x04\x12\x1a\n\x12num_context_tokens\x18\t \x01(\x04\x12\x15\n\rnum_evictions\x18\n \x01(\x04\"D\n\rRequestFailed\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"\x10\n\x0e\x43heckIntegrity\"T\n\x0fIntegrityReport\x12\x12\n\nviolations\x18\x01 \x03(\t\x12\x14\n\x0cnum_requests\x18\x02 \x01(\r\x12\x17\n\x0fnum_held_blocks\x18\x03 \x01(\r\"\x06\n\x04Ping\"\x06\n\x04Pongb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,39 +34,43 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'paceline.v1.engine_pb2', _g
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ENGINECOMMAND']._serialized_start=95
-  _globals['_ENGINECOMMAND']._serialized_end=394
-  _globals['_ENGINEEVENT']._serialized_start=397
-  _globals['_ENGINEEVENT']._serialized_end=730
-  _globals['_SUBMITREQUEST']._serialized_start=733
-  _globals['_SUBMITREQUEST']._serialized_end=913
-  _globals['_CANCELREQUEST']._serialized_start=915
-  _globals['_CANCELREQUEST']._serialized_end=980
-  _globals['_KVLOOKUP']._serialized_start=982
-  _globals['_KVLOOKUP']._serialized_end=1063
-  _globals['_KVLOAD']._serialized_start=1065
-  _globals['_KVLOAD']._serialized_end=1136
-  _globals['_KVLOADED']._serialized_start=1138
-  _globals['_KVLOADED']._serialized_end=1228
-  _globals['_KVGRANT']._serialized_start=1230
-  _globals['_KVGRANT']._serialized_end=1275
-  _globals['_KVSAVED']._serialized_start=1277
-  _globals['_KVSAVED']._serialized_end=1351
-  _globals['_ARENACHANGE']._serialized_start=1353
-  _globals['_ARENACHANGE']._serialized_end=1399
-  _globals['_ENGINEREADY']._serialized_start=1402
-  _globals['_ENGINEREADY']._serialized_end=1602
-  _globals['_STEPCOST']._serialized_start=1604
-  _globals['_STEPCOST']._serialized_end=1681
-  _globals['_REQUESTOUTPUT']._serialized_start=1684
-  _globals['_REQUESTOUTPUT']._serialized_end=1858
-  _globals['_STEPOUTPUT']._serialized_start=1860
-  _globals['_STEPOUTPUT']._serialized_end=1956
-  _globals['_ENGINELOAD']._serialized_start=1959
-  _globals['_ENGINELOAD']._serialized_end=2193
-  _globals['_REQUESTFAILED']._serialized_start=2195
-  _globals['_REQUESTFAILED']._serialized_end=2263
-  _globals['_CHECKINTEGRITY']._serialized_start=2265
-  _globals['_CHECKINTEGRITY']._serialized_end=2281
-  _globals['_INTEGRITYREPORT']._serialized_start=2283
-  _globals['_INTEGRITYREPORT']._serialized_end=2367
+  _globals['_ENGINECOMMAND']._serialized_end=429
+  _globals['_ENGINEEVENT']._serialized_start=432
+  _globals['_ENGINEEVENT']._serialized_end=800
+  _globals['_SUBMITREQUEST']._serialized_start=803
+  _globals['_SUBMITREQUEST']._serialized_end=983
+  _globals['_CANCELREQUEST']._serialized_start=985
+  _globals['_CANCELREQUEST']._serialized_end=1050
+  _globals['_KVLOOKUP']._serialized_start=1052
+  _globals['_KVLOOKUP']._serialized_end=1133
+  _globals['_KVLOAD']._serialized_start=1135
+  _globals['_KVLOAD']._serialized_end=1206
+  _globals['_KVLOADED']._serialized_start=1208
+  _globals['_KVLOADED']._serialized_end=1298
+  _globals['_KVGRANT']._serialized_start=1300
+  _globals['_KVGRANT']._serialized_end=1345
+  _globals['_KVSAVED']._serialized_start=1347
+  _globals['_KVSAVED']._serialized_end=1421
+  _globals['_ARENACHANGE']._serialized_start=1423
+  _globals['_ARENACHANGE']._serialized_end=1469
+  _globals['_ENGINEREADY']._serialized_start=1472
+  _globals['_ENGINEREADY']._serialized_end=1672
+  _globals['_STEPCOST']._serialized_start=1674
+  _globals['_STEPCOST']._serialized_end=1751
+  _globals['_REQUESTOUTPUT']._serialized_start=1754
+  _globals['_REQUESTOUTPUT']._serialized_end=1928
+  _globals['_STEPOUTPUT']._serialized_start=1930
+  _globals['_STEPOUTPUT']._serialized_end=2026
+  _globals['_ENGINELOAD']._serialized_start=2029
+  _globals['_ENGINELOAD']._serialized_end=2286
+  _globals['_REQUESTFAILED']._serialized_start=2288
+  _globals['_REQUESTFAILED']._serialized_end=2356
+  _globals['_CHECKINTEGRITY']._serialized_start=2358
+  _globals['_CHECKINTEGRITY']._serialized_end=2374
+  _globals['_INTEGRITYREPORT']._serialized_start=2376
+  _globals['_INTEGRITYREPORT']._serialized_end=2460
+  _globals['_PING']._serialized_start=2462
+  _globals['_PING']._serialized_end=2468
+  _globals['_PONG']._serialized_start=2470
+  _globals['_PONG']._serialized_end=2476
 # @@protoc_insertion_point(module_scope)

@@ -9,23 +9,25 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class EngineCommand(_message.Message):
-    __slots__ = ("submit", "cancel", "kv_load", "kv_grant", "arena", "check_integrity")
+    __slots__ = ("submit", "cancel", "kv_load", "kv_grant", "arena", "check_integrity", "ping")
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     KV_LOAD_FIELD_NUMBER: _ClassVar[int]
     KV_GRANT_FIELD_NUMBER: _ClassVar[int]
     ARENA_FIELD_NUMBER: _ClassVar[int]
     CHECK_INTEGRITY_FIELD_NUMBER: _ClassVar[int]
+    PING_FIELD_NUMBER: _ClassVar[int]
     submit: SubmitRequest
     cancel: CancelRequest
     kv_load: KvLoad
     kv_grant: KvGrant
     arena: ArenaChange
     check_integrity: CheckIntegrity
-    def __init__(self, submit: _Optional[_Union[SubmitRequest, _Mapping]] = ..., cancel: _Optional[_Union[CancelRequest, _Mapping]] = ..., kv_load: _Optional[_Union[KvLoad, _Mapping]] = ..., kv_grant: _Optional[_Union[KvGrant, _Mapping]] = ..., arena: _Optional[_Union[ArenaChange, _Mapping]] = ..., check_integrity: _Optional[_Union[CheckIntegrity, _Mapping]] = ...) -> None: ...
+    ping: Ping
+    def __init__(self, submit: _Optional[_Union[SubmitRequest, _Mapping]] = ..., cancel: _Optional[_Union[CancelRequest, _Mapping]] = ..., kv_load: _Optional[_Union[KvLoad, _Mapping]] = ..., kv_grant: _Optional[_Union[KvGrant, _Mapping]] = ..., arena: _Optional[_Union[ArenaChange, _Mapping]] = ..., check_integrity: _Optional[_Union[CheckIntegrity, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ...) -> None: ...
 
 class EngineEvent(_message.Message):
-    __slots__ = ("ready", "step", "kv_lookup", "kv_loaded", "kv_saved", "failed", "integrity")
+    __slots__ = ("ready", "step", "kv_lookup", "kv_loaded", "kv_saved", "failed", "integrity", "pong")
     READY_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     KV_LOOKUP_FIELD_NUMBER: _ClassVar[int]
@@ -33,6 +35,7 @@ class EngineEvent(_message.Message):
     KV_SAVED_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
     INTEGRITY_FIELD_NUMBER: _ClassVar[int]
+    PONG_FIELD_NUMBER: _ClassVar[int]
     ready: EngineReady
     step: StepOutput
     kv_lookup: KvLookup
@@ -40,7 +43,8 @@ class EngineEvent(_message.Message):
     kv_saved: KvSaved
     failed: RequestFailed
     integrity: IntegrityReport
-    def __init__(self, ready: _Optional[_Union[EngineReady, _Mapping]] = ..., step: _Optional[_Union[StepOutput, _Mapping]] = ..., kv_lookup: _Optional[_Union[KvLookup, _Mapping]] = ..., kv_loaded: _Optional[_Union[KvLoaded, _Mapping]] = ..., kv_saved: _Optional[_Union[KvSaved, _Mapping]] = ..., failed: _Optional[_Union[RequestFailed, _Mapping]] = ..., integrity: _Optional[_Union[IntegrityReport, _Mapping]] = ...) -> None: ...
+    pong: Pong
+    def __init__(self, ready: _Optional[_Union[EngineReady, _Mapping]] = ..., step: _Optional[_Union[StepOutput, _Mapping]] = ..., kv_lookup: _Optional[_Union[KvLookup, _Mapping]] = ..., kv_loaded: _Optional[_Union[KvLoaded, _Mapping]] = ..., kv_saved: _Optional[_Union[KvSaved, _Mapping]] = ..., failed: _Optional[_Union[RequestFailed, _Mapping]] = ..., integrity: _Optional[_Union[IntegrityReport, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ...) -> None: ...
 
 class SubmitRequest(_message.Message):
     __slots__ = ("spec", "is_prefill_only", "resumed", "finished_indices", "fleet_request_id")
@@ -173,7 +177,7 @@ class StepOutput(_message.Message):
     def __init__(self, outputs: _Optional[_Iterable[_Union[RequestOutput, _Mapping]]] = ..., load: _Optional[_Union[EngineLoad, _Mapping]] = ...) -> None: ...
 
 class EngineLoad(_message.Message):
-    __slots__ = ("num_waiting", "num_running", "num_pending_prefill_tokens", "num_free_blocks", "num_total_blocks", "last_step_s", "num_preemptions", "num_steps", "num_context_tokens")
+    __slots__ = ("num_waiting", "num_running", "num_pending_prefill_tokens", "num_free_blocks", "num_total_blocks", "last_step_s", "num_preemptions", "num_steps", "num_context_tokens", "num_evictions")
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_PENDING_PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -183,6 +187,7 @@ class EngineLoad(_message.Message):
     NUM_PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
     NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
     NUM_CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_EVICTIONS_FIELD_NUMBER: _ClassVar[int]
     num_waiting: int
     num_running: int
     num_pending_prefill_tokens: int
@@ -192,7 +197,8 @@ class EngineLoad(_message.Message):
     num_preemptions: int
     num_steps: int
     num_context_tokens: int
-    def __init__(self, num_waiting: _Optional[int] = ..., num_running: _Optional[int] = ..., num_pending_prefill_tokens: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_total_blocks: _Optional[int] = ..., last_step_s: _Optional[float] = ..., num_preemptions: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_context_tokens: _Optional[int] = ...) -> None: ...
+    num_evictions: int
+    def __init__(self, num_waiting: _Optional[int] = ..., num_running: _Optional[int] = ..., num_pending_prefill_tokens: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_total_blocks: _Optional[int] = ..., last_step_s: _Optional[float] = ..., num_preemptions: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_context_tokens: _Optional[int] = ..., num_evictions: _Optional[int] = ...) -> None: ...
 
 class RequestFailed(_message.Message):
     __slots__ = ("request_id", "reason", "message")
@@ -217,3 +223,11 @@ class IntegrityReport(_message.Message):
     num_requests: int
     num_held_blocks: int
     def __init__(self, violations: _Optional[_Iterable[str]] = ..., num_requests: _Optional[int] = ..., num_held_blocks: _Optional[int] = ...) -> None: ...
+
+class Ping(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Pong(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...

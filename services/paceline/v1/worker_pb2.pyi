@@ -108,3 +108,19 @@ class StopSequenceRequest(_message.Message):
 class StopSequenceResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class CheckIntegrityRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class CheckIntegrityResponse(_message.Message):
+    __slots__ = ("violations", "num_requests", "num_held_blocks", "num_streams")
+    VIOLATIONS_FIELD_NUMBER: _ClassVar[int]
+    NUM_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_HELD_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_STREAMS_FIELD_NUMBER: _ClassVar[int]
+    violations: _containers.RepeatedScalarFieldContainer[str]
+    num_requests: int
+    num_held_blocks: int
+    num_streams: int
+    def __init__(self, violations: _Optional[_Iterable[str]] = ..., num_requests: _Optional[int] = ..., num_held_blocks: _Optional[int] = ..., num_streams: _Optional[int] = ...) -> None: ...

@@ -219,3 +219,79 @@ class DecodeService:
             timeout,
             metadata,
             _registered_method=True)
+
+
+class WorkerServiceStub:
+    """What every worker answers, whatever its role.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.CheckIntegrity = channel.unary_unary(
+                '/paceline.v1.WorkerService/CheckIntegrity',
+                request_serializer=paceline_dot_v1_dot_worker__pb2.CheckIntegrityRequest.SerializeToString,
+                response_deserializer=paceline_dot_v1_dot_worker__pb2.CheckIntegrityResponse.FromString,
+                _registered_method=True)
+
+
+class WorkerServiceServicer:
+    """What every worker answers, whatever its role.
+    """
+
+    def CheckIntegrity(self, request, context):
+        """Checks the books of the worker's engine; for tests and operators, not for every second.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_WorkerServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'CheckIntegrity': grpc.unary_unary_rpc_method_handler(
+                    servicer.CheckIntegrity,
+                    request_deserializer=paceline_dot_v1_dot_worker__pb2.CheckIntegrityRequest.FromString,
+                    response_serializer=paceline_dot_v1_dot_worker__pb2.CheckIntegrityResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'paceline.v1.WorkerService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('paceline.v1.WorkerService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class WorkerService:
+    """What every worker answers, whatever its role.
+    """
+
+    @staticmethod
+    def CheckIntegrity(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/paceline.v1.WorkerService/CheckIntegrity',
+            paceline_dot_v1_dot_worker__pb2.CheckIntegrityRequest.SerializeToString,
+            paceline_dot_v1_dot_worker__pb2.CheckIntegrityResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

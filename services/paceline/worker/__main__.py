@@ -6,8 +6,11 @@ import asyncio
 import logging
 import os
 import sys
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
+
+import grpc
 
 from paceline import __version__
 from paceline.decode.server import DecodeServicer
@@ -20,64 +23,115 @@ from paceline.process.lifecycle import Tasks, exit_with_parent, stop_event
 from paceline.process.logs import setup_logging
 from paceline.process.membership import Heartbeat, Membership
 from paceline.process.metrics import Metrics, serve_metrics
+from paceline.rpc.codec import step_cost_from_proto
 from paceline.rpc.server import GrpcServer, create_server
 from paceline.v1 import engine_pb2, worker_pb2_grpc
-from paceline.worker.bridge import EngineBridge, step_cost_of
+from paceline.worker.admin import WorkerServicer
+from paceline.worker.bridge import EngineBridge
 from paceline.worker.kv_link import KvLink
 from paceline.worker.settings import WorkerSettings
 
 logger = logging.getLogger("paceline.worker")
 
+_LAST_WORDS_S = 1.0
+"""Time for the errors of ended streams to reach their callers."""
+
+_STALL_STEPS = 10
+
 _SERVICES = {Role.PREFILL: "paceline.v1.PrefillService", Role.DECODE: "paceline.v1.DecodeService"}
 
 
 async def serve(settings: WorkerSettings) -> int:
-    """Run the worker until a signal; return the exit code."""
+    """Run the worker until a signal; return the exit code.
+
+    Raises:
+        UnavailableError: the engine did not start.
+        OSError: a port is taken.
+    """
     stop = stop_event()
-    metrics = Metrics("worker", model=served_name(settings))
-    tasks = Tasks(stop)
-    bridge = EngineBridge(metrics)
-    membership = Membership(settings.redis_url, settings.fleet)
-    ready = await bridge.start(settings.engine_options().to_json())
-    tasks.spawn(bridge.run(), "engine", is_vital=True)
+    async with AsyncExitStack() as stack:
+        metrics = Metrics("worker", model=served_name(settings))
+        bridge = EngineBridge(metrics, max_requests=settings.max_requests)
+        stack.push_async_callback(bridge.close)
+        ready = await _start(bridge, settings, stop)
+        if ready is None:
+            return 0
+        membership = Membership(settings.redis_url, settings.fleet)
+        stack.push_async_callback(membership.close)
+        tasks = Tasks(stop)
+        stack.push_async_callback(tasks.close)
+        tasks.spawn(bridge.run(_stall_s(settings, ready)), "engine", is_vital=True)
 
-    layout = _layout(ready)
-    find_node = NodeFinder(settings.kv_node, membership)
-    link = KvLink(bridge, layout, settings.member_id, find_node, metrics, tasks)
-    if settings.kv_node:
-        tasks.spawn(link.run(), "kv-link", is_vital=True)
+        find_node = NodeFinder(settings.kv_node, membership)
+        link = KvLink(bridge, _layout(ready), worker_id(settings), find_node, metrics, tasks)
+        if settings.kv_node:
+            tasks.spawn(link.run(), "kv-link", is_vital=True)
+        server = _server(settings, bridge, metrics)
+        exposed = serve_metrics(metrics, settings.host, settings.metrics_port)
+        stack.callback(exposed.close)
+        await server.start()
+        member = _member(settings, ready, server.address, f"{settings.host}:{exposed.port}")
+        presence = Presence(member, bridge, link)
+        heartbeat = Heartbeat(membership, presence.current, on_state=metrics.redis_up.set)
+        tasks.spawn(heartbeat.run(), "heartbeat", is_vital=True)
+        server.set_ready(True)
+        logger.info("ready", extra={"fields": {"member": member.id, "address": server.address}})
 
-    role = Role(settings.role)
-    server = _server(settings, role, bridge, metrics)
-    await server.start()
-    exposed = serve_metrics(metrics, settings.host, settings.metrics_port)
-    member = Member(
-        id=settings.member_id or f"{settings.role}-{os.getpid()}",
-        role=role,
-        address=server.address,
-        pid=os.getpid(),
-        version=__version__,
-        metrics_address=f"{settings.host}:{exposed.port}",
-        model=_card(settings, ready),
-        step_cost=step_cost_of(ready),
-        prefill_chunk_tokens=settings.chunk_tokens,
+        await stop.wait()
+        await _drain(settings, server, bridge, presence, heartbeat, tasks)
+        has_crashed = tasks.has_vital_crash
+        await tasks.close()
+        await leave(membership, presence.current())
+        logger.info("stopped", extra={"fields": {"has_crashed": has_crashed}})
+    return 1 if has_crashed else 0
+
+
+async def _start(
+    bridge: EngineBridge, settings: WorkerSettings, stop: asyncio.Event
+) -> engine_pb2.EngineReady | None:
+    """Start the engine; None if the worker is told to stop meanwhile."""
+    name = f"{worker_id(settings)}-engine"
+    options = settings.engine_options().to_json()
+    starting = asyncio.create_task(
+        bridge.start(options, service=name, log_level=settings.log_level)
     )
-    presence = Presence(member, bridge, link)
-    heartbeat = Heartbeat(membership, presence.current)
-    tasks.spawn(heartbeat.run(), "heartbeat", is_vital=True)
-    server.set_ready(True)
-    logger.info("ready", extra={"fields": {"member": member.id, "address": server.address}})
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        return await starting if starting.done() else None
+    finally:
+        starting.cancel()
+        stopping.cancel()
+        await asyncio.gather(starting, stopping, return_exceptions=True)
 
-    await stop.wait()
+
+async def _drain(
+    settings: WorkerSettings,
+    server: GrpcServer,
+    bridge: EngineBridge,
+    presence: Presence,
+    heartbeat: Heartbeat,
+    tasks: Tasks,
+) -> None:
+    """Tell the fleet, refuse new calls, let running ones finish while there is time."""
     logger.info("draining", extra={"fields": {"requests": bridge.num_requests}})
     presence.is_draining = True
-    has_crashed = tasks.has_vital_crash
-    await server.drain(0.0 if has_crashed else settings.drain_grace_s)
-    await tasks.close()
-    await leave(membership, presence.current())
-    await bridge.close()
-    exposed.close()
-    return 1 if has_crashed else 0
+    if tasks.has_vital_crash:
+        bridge.fail_streams(_stopping)
+        return await server.drain(_LAST_WORDS_S)
+    if heartbeat.is_connected:
+        await asyncio.sleep(settings.drain_notice_s)
+    loop = asyncio.get_running_loop()
+    # Before the server cuts them off, so that callers learn that they may go elsewhere.
+    end = loop.call_later(settings.drain_grace_s, bridge.fail_streams, _stopping)
+    try:
+        await server.drain(settings.drain_grace_s + _LAST_WORDS_S)
+    finally:
+        end.cancel()
+
+
+def _stopping() -> UnavailableError:
+    return UnavailableError("the worker stops", reason="worker-stopping")
 
 
 class Presence:
@@ -126,7 +180,6 @@ async def leave(membership: Membership, member: Member) -> None:
         await membership.deregister(member)
     except UnavailableError as error:
         logger.warning("deregister-failed", extra={"fields": {"error": error.message}})
-    await membership.close()
 
 
 def served_name(settings: WorkerSettings) -> str:
@@ -134,22 +187,45 @@ def served_name(settings: WorkerSettings) -> str:
     return settings.served_model_name or Path(settings.model).resolve().name
 
 
-def _server(
-    settings: WorkerSettings, role: Role, bridge: EngineBridge, metrics: Metrics
-) -> GrpcServer:
-    if role is Role.PREFILL:
-        adder = worker_pb2_grpc.add_PrefillServiceServicer_to_server
-        servicer: object = PrefillServicer(bridge)
-    else:
-        adder = worker_pb2_grpc.add_DecodeServiceServicer_to_server
-        servicer = DecodeServicer(bridge)
-    return create_server(
-        metrics,
-        [_SERVICES[role]],
-        [lambda server: adder(servicer, server)],
-        host=settings.host,
-        port=settings.port,
+def worker_id(settings: WorkerSettings) -> str:
+    """Return the worker's name in the fleet."""
+    return settings.member_id or f"{settings.role}-{os.getpid()}"
+
+
+def _member(
+    settings: WorkerSettings, ready: engine_pb2.EngineReady, address: str, metrics_address: str
+) -> Member:
+    return Member(
+        id=worker_id(settings),
+        role=Role(settings.role),
+        address=address,
+        pid=os.getpid(),
+        version=__version__,
+        metrics_address=metrics_address,
+        model=_card(settings, ready),
+        step_cost=step_cost_from_proto(ready.step_cost),
+        prefill_chunk_tokens=settings.chunk_tokens,
     )
+
+
+def _stall_s(settings: WorkerSettings, ready: engine_pb2.EngineReady) -> float:
+    """Return how long the engine may be silent: some steps of the largest kind."""
+    tokens, rows = settings.chunk_tokens, settings.max_num_seqs
+    attended = tokens * ready.max_context_tokens
+    step_s = step_cost_from_proto(ready.step_cost).step_s(rows, tokens, attended)
+    return max(settings.engine_stall_s, _STALL_STEPS * step_s)
+
+
+def _server(settings: WorkerSettings, bridge: EngineBridge, metrics: Metrics) -> GrpcServer:
+    def add(server: grpc.aio.Server) -> None:
+        worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerServicer(bridge), server)
+        if settings.role == Role.PREFILL.value:
+            worker_pb2_grpc.add_PrefillServiceServicer_to_server(PrefillServicer(bridge), server)
+        else:
+            worker_pb2_grpc.add_DecodeServiceServicer_to_server(DecodeServicer(bridge), server)
+
+    names = ["paceline.v1.WorkerService", _SERVICES[Role(settings.role)]]
+    return create_server(metrics, names, [add], host=settings.host, port=settings.port)
 
 
 def _layout(ready: engine_pb2.EngineReady) -> KvLayoutInfo:
@@ -175,6 +251,7 @@ def _card(settings: WorkerSettings, ready: engine_pb2.EngineReady) -> ModelCard:
         block_bytes=ready.layout.block_bytes,
         max_context_tokens=ready.max_context_tokens,
         vocab_size=ready.vocab_size,
+        kv_dtype=ready.layout.dtype,
     )
 
 
@@ -182,11 +259,12 @@ def main(argv: list[str] | None = None) -> int:
     """Load settings, run, return the exit code."""
     exit_with_parent()
     settings = WorkerSettings.load(argv)
-    setup_logging(settings.member_id or settings.role, settings.log_level)
+    setup_logging(worker_id(settings), settings.log_level)
+    logger.info("starting", extra={"fields": {"settings": settings.describe()}})
     try:
         return asyncio.run(serve(settings))
-    except UnavailableError as error:
-        fields = {"reason": error.reason, "error": error.message}
+    except (UnavailableError, OSError) as error:
+        fields = {"reason": getattr(error, "reason", "os-error"), "error": str(error)}
         logger.error("start-failed", extra={"fields": fields})
         return 1
 

@@ -2,8 +2,8 @@
 
 Starts the engine as a child over a socket pair, carries requests down and news up, and keeps
 the last reported load. KV traffic is handed to worker/kv_link.py. Frames are protobuf
-(proto/paceline/v1/engine.proto). When the engine dies, every stream fails as retryable and
-`run` raises, which ends the worker: its supervisor starts a new one.
+(proto/paceline/v1/engine.proto). When the engine dies or hangs, every stream fails as
+retryable and `run` raises, which ends the worker: its supervisor starts a new one.
 """
 
 from __future__ import annotations
@@ -13,17 +13,24 @@ import contextlib
 import logging
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 
-from paceline.domain.cost import StepCost
-from paceline.domain.errors import InternalError, UnavailableError
+from paceline.domain.errors import (
+    ExhaustedError,
+    InternalError,
+    InvalidRequestError,
+    PacelineError,
+    UnavailableError,
+)
 from paceline.domain.member import Load
 from paceline.domain.progress import RequestUpdate
 from paceline.domain.request import GenerationSpec
+from paceline.process.logs import request_id_var
 from paceline.process.metrics import Metrics
 from paceline.rpc import codec
 from paceline.rpc.frames import FrameReader, encode
-from paceline.v1 import engine_pb2, kvstore_pb2
+from paceline.v1 import engine_pb2
 from paceline.worker.streams import RequestStream
 
 logger = logging.getLogger(__name__)
@@ -34,47 +41,63 @@ ENGINE_START_TIMEOUT_S = 300.0
 ENGINE_STOP_TIMEOUT_S = 5.0
 """The engine ends with its current step once the socket closes."""
 
+MAX_BUFFERED_BYTES = 64 << 20
+"""Frames waiting for an engine that does not read; beyond this new requests are refused.
+What else is sent (cancellations, answers, slots) is bounded by the requests that run."""
+
 _INTEGRITY_TIMEOUT_S = 10.0
+_NUM_LOOKS = 3
+"""Looks in vain before the engine counts as hung; one alone can mean that we were paused."""
 
 
 class EngineBridge:
     """Owns the engine process and the streams of its requests."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, *, max_requests: int) -> None:
+        """Carry up to `max_requests` requests at a time; more are refused."""
         self._metrics = metrics
+        self._max_requests = max_requests
         self._streams: dict[str, RequestStream] = {}
         self._engine_ids: dict[str, str] = {}
         self._num_submitted = 0
-        self._sources: dict[str, tuple[str, ...]] = {}
         self._process: asyncio.subprocess.Process | None = None
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
+        self._ready: engine_pb2.EngineReady | None = None
+        self._has_ended = False
+        self._num_events = 0
         self._frames = FrameReader()
-        self._integrity: list[asyncio.Future[engine_pb2.IntegrityReport]] = []
-        self._counted: dict[str, int] = {}
+        self._integrity: deque[asyncio.Future[engine_pb2.IntegrityReport]] = deque()
+        self._reported = engine_pb2.EngineLoad()
         self.load = Load()
         self.on_kv_event: Callable[[engine_pb2.EngineEvent], None] = lambda event: None
         """Receives lookup, loaded and saved events; set by KvLink."""
+        self.on_finished: Callable[[RequestStream], None] = RequestStream.finish
+        """Ends the stream of a finished request; KvLink waits for its commits first."""
 
     # -- life -----------------------------------------------------------------------------
 
-    async def start(self, options_json: str) -> engine_pb2.EngineReady:
+    async def start(
+        self, options_json: str, *, service: str = "engine", log_level: str = "INFO"
+    ) -> engine_pb2.EngineReady:
         """Start the engine process and wait until it can take requests.
 
         Raises:
             UnavailableError: it did not come up; the message says why.
         """
         ours, theirs = socket.socketpair()
-        with theirs:
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "paceline.worker.engine_process",
-                str(theirs.fileno()),
-                options_json,
-                pass_fds=[theirs.fileno()],
-            )
-        self._reader, self._writer = await asyncio.open_connection(sock=ours)
+        try:
+            with theirs:
+                fd = theirs.fileno()
+                module = ["-m", "paceline.worker.engine_process"]
+                args = [*module, str(fd), options_json, service, log_level]
+                self._process = await asyncio.create_subprocess_exec(
+                    sys.executable, *args, pass_fds=[fd]
+                )
+            self._reader, self._writer = await asyncio.open_connection(sock=ours)
+        except BaseException:
+            ours.close()
+            raise
         try:
             async with asyncio.timeout(ENGINE_START_TIMEOUT_S):
                 event = await self._frames.read(self._reader, engine_pb2.EngineEvent)
@@ -82,24 +105,30 @@ class EngineBridge:
             raise UnavailableError("the engine did not start", reason="engine-died") from error
         if event.WhichOneof("event") != "ready":
             raise UnavailableError(event.failed.message, reason=event.failed.reason)
+        self._ready = event.ready
         return event.ready
 
-    async def run(self) -> None:
-        """Carry events until the engine ends; then fail all streams and raise.
+    async def run(self, stall_s: float) -> None:
+        """Carry events until the engine ends, or does not answer for `stall_s`; then raise.
 
         Raises:
-            UnavailableError: the engine process ended.
+            UnavailableError: the engine process ended; all streams have failed.
         """
         assert self._reader is not None
+        watch = asyncio.create_task(self._watch(stall_s), name="engine-watch")
         try:
             while True:
                 event = await self._frames.read(self._reader, engine_pb2.EngineEvent)
+                self._num_events += 1
                 self._handle(event)
         except (EOFError, ConnectionError) as error:
-            died = UnavailableError("the engine process ended", reason="engine-died")
-            for stream in self._streams.values():
-                stream.fail(died)
-            raise died from error
+            raise _engine_died() from error
+        finally:
+            watch.cancel()
+            self._has_ended = True
+            self.fail_streams(_engine_died)
+            while self._integrity:
+                _settle(self._integrity.popleft(), _engine_died())
 
     async def close(self) -> None:
         """End the engine process and wait for it."""
@@ -108,18 +137,44 @@ class EngineBridge:
         if self._process is None:
             return
         try:
-            async with asyncio.timeout(ENGINE_STOP_TIMEOUT_S):
+            # One that is still loading would not look at its socket for a while.
+            async with asyncio.timeout(ENGINE_STOP_TIMEOUT_S if self._ready else 0.0):
                 await self._process.wait()
         except TimeoutError:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
+            self._kill()
             await self._process.wait()
 
+    def fail_streams(self, make_error: Callable[[], PacelineError]) -> None:
+        """End all open streams with an error each."""
+        for stream in self._streams.values():
+            stream.fail(make_error())
+
     def send(self, command: engine_pb2.EngineCommand) -> None:
-        """Queue a frame for the engine; it reads between steps, so the queue stays short."""
-        if self._writer is None or self._writer.is_closing():
-            raise UnavailableError("the engine process ended", reason="engine-died")
+        """Queue a frame for the engine, which reads between two steps.
+
+        Raises:
+            UnavailableError: the engine process ended.
+        """
+        if self._has_ended or self._writer is None or self._writer.is_closing():
+            raise _engine_died()
         self._writer.write(encode(command))
+
+    async def _watch(self, stall_s: float) -> None:
+        """Ask for signs of life, and kill an engine that gives none for `stall_s`."""
+        num_misses = 0
+        with contextlib.suppress(UnavailableError):
+            while num_misses < _NUM_LOOKS:
+                num_events = self._num_events
+                self.send(engine_pb2.EngineCommand(ping=engine_pb2.Ping()))
+                await asyncio.sleep(stall_s / _NUM_LOOKS)
+                num_misses = num_misses + 1 if self._num_events == num_events else 0
+            logger.error("engine-hung", extra={"fields": {"stall_s": stall_s}})
+            self._kill()
+
+    def _kill(self) -> None:
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
 
     # -- requests -------------------------------------------------------------------------
 
@@ -130,7 +185,7 @@ class EngineBridge:
 
     def prefill(
         self, spec: GenerationSpec, kv_sources: Sequence[str]
-    ) -> AsyncIterator[RequestUpdate]:
+    ) -> AsyncGenerator[RequestUpdate]:
         """Compute and publish a prompt's KV; closing the iterator cancels."""
         submit = engine_pb2.SubmitRequest(spec=codec.spec_to_proto(spec), is_prefill_only=True)
         return self._submit(submit, kv_sources)
@@ -141,7 +196,7 @@ class EngineBridge:
         kv_sources: Sequence[str],
         resumed: Mapping[int, tuple[int, ...]],
         finished_indices: frozenset[int],
-    ) -> AsyncIterator[RequestUpdate]:
+    ) -> AsyncGenerator[RequestUpdate]:
         """Generate tokens; closing the iterator cancels."""
         submit = engine_pb2.SubmitRequest(
             spec=codec.spec_to_proto(spec),
@@ -157,46 +212,66 @@ class EngineBridge:
             cancel = engine_pb2.CancelRequest(request_id=engine_id, index=index)
             self.send(engine_pb2.EngineCommand(cancel=cancel))
 
-    def sources_of(self, request_id: str) -> tuple[str, ...]:
-        """Return the KV sources that came with a request."""
-        return self._sources.get(request_id, ())
-
     def stream_of(self, request_id: str) -> RequestStream | None:
-        """Return a running request's stream."""
+        """Return the stream of a running request, by the engine's id of it."""
         return self._streams.get(request_id)
 
     async def check_integrity(self) -> engine_pb2.IntegrityReport:
-        """Ask the engine to check its books."""
+        """Ask the engine to check its books.
+
+        Raises:
+            UnavailableError: the engine process ended, or does not answer.
+        """
         future: asyncio.Future[engine_pb2.IntegrityReport] = (
             asyncio.get_running_loop().create_future()
         )
-        self._integrity.append(future)
         self.send(engine_pb2.EngineCommand(check_integrity=engine_pb2.CheckIntegrity()))
-        async with asyncio.timeout(_INTEGRITY_TIMEOUT_S):
-            return await future
+        # Answers come in the order of the questions, also to those who left.
+        self._integrity.append(future)
+        try:
+            async with asyncio.timeout(_INTEGRITY_TIMEOUT_S):
+                return await future
+        except TimeoutError as error:
+            raise UnavailableError("the engine is busy", reason="engine-busy") from error
 
     async def _submit(
         self, submit: engine_pb2.SubmitRequest, kv_sources: Sequence[str]
-    ) -> AsyncIterator[RequestUpdate]:
+    ) -> AsyncGenerator[RequestUpdate]:
+        self._check(submit)
         request_id = submit.spec.request_id
         # A retry may arrive before the break of its first call was noticed here, so the
         # engine knows each call under an id of its own.
         self._num_submitted += 1
         engine_id = f"{request_id}#{self._num_submitted}"
         submit.fleet_request_id, submit.spec.request_id = request_id, engine_id
-        stream = RequestStream(reports_published=submit.is_prefill_only)
+        stream = RequestStream(
+            reports_published=submit.is_prefill_only,
+            log_id=request_id_var.get() or request_id,
+            kv_sources=tuple(kv_sources),
+        )
+        self.send(engine_pb2.EngineCommand(submit=submit))
         self._streams[engine_id] = stream
-        self._sources[engine_id] = tuple(kv_sources)
         self._engine_ids[request_id] = engine_id
         try:
-            self.send(engine_pb2.EngineCommand(submit=submit))
             async for update in stream.updates():
                 yield update
         finally:
             self._forget(request_id, engine_id)
 
+    def _check(self, submit: engine_pb2.SubmitRequest) -> None:
+        """Refuse what this worker has no room for, and tokens that would break its engine."""
+        assert self._ready is not None and self._writer is not None
+        num_buffered = self._writer.transport.get_write_buffer_size()
+        if len(self._streams) >= self._max_requests or num_buffered > MAX_BUFFERED_BYTES:
+            raise ExhaustedError(f"the worker carries {len(self._streams)} requests")
+        largest = max(_token_ids(submit), default=0)
+        if largest >= self._ready.vocab_size:
+            raise InvalidRequestError(
+                "spec", f"token {largest}, the vocabulary has {self._ready.vocab_size}"
+            )
+
     def _forget(self, request_id: str, engine_id: str) -> None:
-        del self._streams[engine_id], self._sources[engine_id]
+        del self._streams[engine_id]
         if self._engine_ids.get(request_id) == engine_id:
             del self._engine_ids[request_id]
         # For a request that ended by itself this is a no-op in the engine.
@@ -215,13 +290,9 @@ class EngineBridge:
             case "failed":
                 stream = self._streams.get(event.failed.request_id)
                 if stream is not None:
-                    reason, message = event.failed.reason, event.failed.message
-                    stream.fail(InternalError(message, reason=reason))
+                    stream.fail(_failure(event.failed))
             case "integrity":
-                for future in self._integrity:
-                    if not future.done():
-                        future.set_result(event.integrity)
-                self._integrity.clear()
+                _settle(self._integrity.popleft(), event.integrity)
 
     def _handle_step(self, step: engine_pb2.StepOutput) -> None:
         for output in step.outputs:
@@ -232,12 +303,8 @@ class EngineBridge:
             for chunk in output.chunks:
                 stream.add_chunk(codec.chunk_from_proto(chunk))
             if output.is_finished:
-                self.on_request_finished(output.request_id, stream)
+                self.on_finished(stream)
         self._note_load(step.load)
-
-    def on_request_finished(self, request_id: str, stream: RequestStream) -> None:
-        """End a stream; KvLink postpones it until the request's blocks are committed."""
-        stream.finish()
 
     def _note_load(self, load: engine_pb2.EngineLoad) -> None:
         self.load = Load(
@@ -248,13 +315,41 @@ class EngineBridge:
             total_blocks=load.num_total_blocks,
             context_tokens=load.num_context_tokens,
         )
+        metrics, last = self._metrics, self._reported
+        metrics.engine_waiting.set(load.num_waiting)
+        metrics.engine_running.set(load.num_running)
+        metrics.engine_free_blocks.set(load.num_free_blocks)
+        metrics.engine_total_blocks.set(load.num_total_blocks)
+        if load.num_steps > last.num_steps:
+            metrics.engine_step_seconds.observe(load.last_step_s)
+        metrics.engine_preemptions.inc(load.num_preemptions - last.num_preemptions)
+        metrics.engine_evictions.inc(load.num_evictions - last.num_evictions)
+        self._reported = load
 
 
-def step_cost_of(ready: engine_pb2.EngineReady) -> StepCost:
-    """Return the measured step cost that an engine reported."""
-    return codec.step_cost_from_proto(ready.step_cost)
+def _token_ids(submit: engine_pb2.SubmitRequest) -> Iterable[int]:
+    yield from submit.spec.prompt_token_ids
+    for resumed in submit.resumed:
+        yield from resumed.token_ids
 
 
-def layout_of(ready: engine_pb2.EngineReady) -> kvstore_pb2.KvLayout:
-    """Return the KV layout that an engine reported."""
-    return ready.layout
+def _failure(failed: engine_pb2.RequestFailed) -> PacelineError:
+    if failed.reason == InvalidRequestError.reason:
+        return InvalidRequestError("spec", failed.message)
+    return InternalError(failed.message, reason=failed.reason)
+
+
+def _engine_died() -> UnavailableError:
+    return UnavailableError("the engine process ended", reason="engine-died")
+
+
+def _settle(
+    future: asyncio.Future[engine_pb2.IntegrityReport],
+    result: engine_pb2.IntegrityReport | PacelineError,
+) -> None:
+    if future.done():
+        return
+    if isinstance(result, PacelineError):
+        future.set_exception(result)
+    else:
+        future.set_result(result)

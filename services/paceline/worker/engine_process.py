@@ -1,17 +1,21 @@
 """Main of a worker's engine process: frames in, engine steps, frames out.
 
-`python -m paceline.worker.engine_process FD OPTIONS_JSON`, started by worker/bridge.py with
-one end of a socket pair. It ends when the worker closes the other end. The only module of
-this package that reaches torch.
+`python -m paceline.worker.engine_process FD OPTIONS_JSON SERVICE LOG_LEVEL`, started by
+worker/bridge.py with one end of a socket pair. It ends when the worker closes the other end,
+never by a signal to the process group: the worker drains first. The only module of this
+package that reaches torch.
 """
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
 import socket
 import sys
 import time
 from dataclasses import replace
+from typing import NoReturn
 
 from paceline.domain.blocks import LAYOUT_VERSION
 from paceline.domain.errors import PacelineError
@@ -29,34 +33,45 @@ from paceline.engine.events import (
 from paceline.engine.options import EngineOptions
 from paceline.engine.ports import Slot, StoredBlock
 from paceline.kvstore.arena import ArenaView
-from paceline.process.lifecycle import exit_with_parent
+from paceline.process.lifecycle import die_with_parent
 from paceline.process.logs import setup_logging
 from paceline.rpc import codec
 from paceline.rpc.frames import ConnectionClosedError, FrameSocket
 from paceline.v1 import engine_pb2, kvstore_pb2
+
+logger = logging.getLogger("paceline.worker.engine_process")
 
 _STALLED_POLL_S = 0.002
 """Pause between steps that could not do anything, for example for want of pages."""
 
 
 def main(argv: list[str]) -> int:
-    """Run the engine until the worker goes away."""
-    exit_with_parent()
-    setup_logging("engine")
-    sock = FrameSocket(socket.socket(fileno=int(argv[0])))
+    """Run the engine until the worker goes away; return the exit code."""
+    fd, options, service, log_level = argv
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    die_with_parent()
+    setup_logging(service, log_level)
+    sock = FrameSocket(socket.socket(fileno=int(fd)))
     try:
-        engine, card = build_engine(EngineOptions.from_json(argv[1]))
+        return _serve(sock, EngineOptions.from_json(options))
+    except ConnectionClosedError:
+        return 0
+    except Exception:
+        logger.exception("engine-crashed")
+        return 1
+
+
+def _serve(sock: FrameSocket, options: EngineOptions) -> int:
+    try:
+        engine, card = build_engine(options)
     except (PacelineError, ValueError, OSError) as error:
-        failed = engine_pb2.RequestFailed(
-            reason=getattr(error, "reason", "engine-start-failed"), message=str(error)
-        )
+        reason = error.reason if isinstance(error, PacelineError) else "engine-start-failed"
+        failed = engine_pb2.RequestFailed(reason=reason, message=str(error))
         sock.send(engine_pb2.EngineEvent(failed=failed))
         return 1
     sock.send(engine_pb2.EngineEvent(ready=_ready(card)))
-    try:
-        EngineLoop(engine, sock).run()
-    except ConnectionClosedError:
-        return 0
+    EngineLoop(engine, sock).run()
 
 
 class EngineLoop:
@@ -67,7 +82,7 @@ class EngineLoop:
         self._sock = sock
         self._reported: EngineLoad | None = None
 
-    def run(self) -> None:
+    def run(self) -> NoReturn:
         """Loop until the socket closes (ConnectionClosedError)."""
         progressed = True
         while True:
@@ -100,9 +115,7 @@ class EngineLoop:
             case "kv_grant":
                 engine.grant_slots([_slot_from_proto(s) for s in command.kv_grant.slots])
             case "arena":
-                arena = command.arena
-                view = ArenaView(arena.path, arena.num_bytes) if arena.path else None
-                engine.attach_arena(view)
+                engine.attach_arena(_map_arena(command.arena))
             case "check_integrity":
                 load = engine.load()
                 report = engine_pb2.IntegrityReport(
@@ -111,6 +124,8 @@ class EngineLoop:
                     num_held_blocks=load.total_blocks - load.free_blocks,
                 )
                 self._sock.send(engine_pb2.EngineEvent(integrity=report))
+            case "ping":
+                self._sock.send(engine_pb2.EngineEvent(pong=engine_pb2.Pong()))
 
     def _submit(self, message: engine_pb2.SubmitRequest) -> None:
         try:
@@ -126,7 +141,7 @@ class EngineLoop:
             self._send([failed])
 
     def _send(self, events: list[EngineEvent]) -> None:
-        """Send KV news in order, all outputs of the step in one frame, and the load if it changed."""
+        """Send KV news in order, then the step's outputs in one frame with the load if changed."""
         step = engine_pb2.StepOutput()
         for event in events:
             match event:
@@ -155,6 +170,7 @@ class EngineLoop:
                     )
                     self._sock.send(engine_pb2.EngineEvent(kv_saved=saved))
                 case FailedEvent():
+                    _log_failure(event)
                     failed = engine_pb2.RequestFailed(
                         request_id=event.request_id, reason=event.reason, message=event.message
                     )
@@ -166,6 +182,24 @@ class EngineLoop:
             self._reported = comparable
             step.load.CopyFrom(_load(load))
             self._sock.send(engine_pb2.EngineEvent(step=step))
+
+
+def _map_arena(change: engine_pb2.ArenaChange) -> ArenaView | None:
+    if not change.path:
+        return None
+    try:
+        return ArenaView(change.path, change.num_bytes)
+    except OSError as error:
+        # The node died a moment ago; the worker's next session brings another arena.
+        logger.warning("arena-not-mapped", extra={"fields": {"error": str(error)}})
+        return None
+
+
+def _log_failure(event: FailedEvent) -> None:
+    # The bridge appends the number of the call to the request's id.
+    request_id = event.request_id.rpartition("#")[0]
+    fields = {"request_id": request_id, "reason": event.reason, "error": event.message}
+    logger.warning("request-failed", extra={"fields": fields})
 
 
 def _ready(card: EngineCard) -> engine_pb2.EngineReady:
@@ -212,6 +246,7 @@ def _load(load: EngineLoad) -> engine_pb2.EngineLoad:
         num_preemptions=load.num_preemptions,
         num_steps=load.num_steps,
         num_context_tokens=load.context_tokens,
+        num_evictions=load.num_evictions,
     )
 
 

@@ -3,7 +3,7 @@
 The engine asks, writes and reads by itself (engine/kv_exchange.py); this file makes the calls
 that need a network: it keeps a session with the node, hands the engine slots to write, pins
 blocks the engine asks for and makes written blocks readable. Without a node the engine
-works from its own cache.
+works from its own cache. A lost answer ends the session, so that both books agree again.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from paceline.domain.errors import UnavailableError
 from paceline.kvstore.client import KvNodeClient
 from paceline.kvstore.values import ArenaInfo, KvLayoutInfo, PinnedBlock, Slot, WrittenBlock
 from paceline.process.lifecycle import Tasks
+from paceline.process.logs import request_id_var
 from paceline.process.metrics import Metrics
 from paceline.v1 import engine_pb2, kvstore_pb2
 from paceline.worker.bridge import EngineBridge
@@ -31,7 +32,10 @@ MAX_ARENA_SHARE = 8
 
 _RETRY_S = 0.05
 _MAX_COMMIT_BLOCKS = 512
-_MAX_QUEUED_EVENTS = 4096
+_MAX_SOURCES = 8
+"""Nodes asked for one request, best first; there is time for few, and the node refuses many."""
+
+_Saved = engine_pb2.KvSaved | Callable[[], None]
 
 
 class KvLink:
@@ -54,14 +58,13 @@ class KvLink:
         self._tasks = tasks
         self._client: KvNodeClient | None = None
         self._arena: ArenaInfo | None = None
-        self._num_credits = 0
-        self._saved: asyncio.Queue[engine_pb2.KvSaved | Callable[[], None]] = asyncio.Queue(
-            _MAX_QUEUED_EVENTS
-        )
+        self._granted: set[tuple[int, int]] = set()
+        """Slots that the engine holds, as (offset, generation)."""
+        # Bounded by what causes entries: granted slots, and requests that finish.
+        self._saved: asyncio.Queue[_Saved] = asyncio.Queue()
         self._needs_credits = asyncio.Event()
         self._pins: dict[int, list[bytes]] = {}
-        bridge.on_kv_event = self._handle
-        bridge.on_request_finished = self._finish_after_commits
+        self._last_error = ""
 
     @property
     def node_id(self) -> str:
@@ -70,25 +73,32 @@ class KvLink:
 
     async def run(self) -> None:
         """Keep a session with the node, wherever it runs, until cancelled."""
+        self._bridge.on_kv_event = self._handle
+        self._bridge.on_finished = self._finish
         self._tasks.spawn(self._commit_loop(), "kv-commits", is_vital=True)
         self._tasks.spawn(self._credit_loop(), "kv-credits", is_vital=True)
         while True:
             address = await self._find_node()
-            if address is None:
-                await asyncio.sleep(_RETRY_S * 4)
-                continue
-            client = KvNodeClient(address, self._worker_id, self._layout)
-            client.on_arena = self._on_arena
-            self._client = client
-            try:
-                await client.run()
-            except UnavailableError as error:
-                logger.warning("kv-node-lost", extra={"fields": {"error": error.message}})
-            finally:
-                self._client = None
-                await self._on_arena(None)
-                await client.close()
+            if address is not None:
+                await self._follow(address)
             await asyncio.sleep(_RETRY_S * 4)
+
+    async def _follow(self, address: str) -> None:
+        """Keep sessions with the node at one address until it is not there any more."""
+        client = KvNodeClient(address, self._worker_id, self._layout)
+        client.on_arena = self._on_arena
+        self._client = client
+        try:
+            await client.run()
+        except UnavailableError as error:
+            # Said once, not at every attempt.
+            if error.message != self._last_error:
+                self._last_error = error.message
+                logger.warning("kv-node-unavailable", extra={"fields": {"error": error.message}})
+        finally:
+            self._client = None
+            await self._on_arena(None)
+            await client.close()
 
     # -- session --------------------------------------------------------------------------
 
@@ -97,11 +107,19 @@ class KvLink:
         if arena is None and self._arena is None:
             return
         self._arena = arena
-        self._num_credits = 0
+        self._granted.clear()
         self._pins.clear()
+        self._metrics.kv_link_up.set(arena is not None)
         change = engine_pb2.ArenaChange()
-        if arena is not None:
+        task = asyncio.current_task()
+        if arena is None:
+            if task is not None and not task.cancelling():
+                logger.warning("kv-node-lost")
+        else:
+            self._last_error = ""
             change.path, change.num_bytes = arena.arena_path, arena.arena_bytes
+            fields = {"node": arena.node_id, "epoch": arena.epoch}
+            logger.info("kv-node-attached", extra={"fields": fields})
         self._send(engine_pb2.EngineCommand(arena=change))
         self._needs_credits.set()
 
@@ -114,55 +132,60 @@ class KvLink:
             if client is None or arena is None:
                 continue
             share = arena.arena_bytes // self._layout.block_bytes // MAX_ARENA_SHARE
-            missing = max(1, min(SLOT_CREDITS, share)) - self._num_credits
+            missing = max(1, min(SLOT_CREDITS, share)) - len(self._granted)
             if missing <= 0:
                 continue
             try:
                 slots = await client.reserve(missing)
             except UnavailableError:
+                self._restart(arena)
                 continue
             if arena is not self._arena:
                 continue
             if slots:
-                self._num_credits += len(slots)
+                self._granted.update((slot.offset, slot.generation) for slot in slots)
                 grant = engine_pb2.KvGrant(slots=[_slot_to_proto(s) for s in slots])
                 self._send(engine_pb2.EngineCommand(kv_grant=grant))
-            elif self._num_credits == 0:
+            elif not self._granted:
                 # The arena is full of pinned blocks: ask again soon, the engine waits 2 s.
                 await asyncio.sleep(_RETRY_S)
                 self._needs_credits.set()
 
+    def _restart(self, arena: ArenaInfo) -> None:
+        """End the session in which a call failed, unless it is over."""
+        if self._client is not None and self._client.arena is arena:
+            self._client.restart()
+
     # -- engine events --------------------------------------------------------------------
 
     def _handle(self, event: engine_pb2.EngineEvent) -> None:
+        # The engine has few lookups open at a time, and each task ends by a deadline.
         match event.WhichOneof("event"):
             case "kv_lookup":
                 self._tasks.spawn(self._look_up(event.kv_lookup), "kv-lookup")
             case "kv_loaded":
                 self._tasks.spawn(self._release(event.kv_loaded), "kv-release")
             case "kv_saved":
-                self._num_credits -= len(event.kv_saved.blocks)
+                slots = [block.slot for block in event.kv_saved.blocks]
+                self._granted.difference_update((s.offset, s.generation) for s in slots)
                 self._needs_credits.set()
-                self._enqueue(event.kv_saved)
+                self._saved.put_nowait(event.kv_saved)
 
-    def _finish_after_commits(self, request_id: str, stream: RequestStream) -> None:
-        """End a stream once the blocks written before are readable."""
-        self._enqueue(stream.finish)
-
-    def _enqueue(self, item: engine_pb2.KvSaved | Callable[[], None]) -> None:
-        try:
-            self._saved.put_nowait(item)
-        except asyncio.QueueFull:
-            # The node does not keep up: blocks are lost to sharing, streams still end.
-            if callable(item):
-                item()
+    def _finish(self, stream: RequestStream) -> None:
+        """End a stream; that of a prefill once the blocks written before are readable."""
+        if stream.reports_published:
+            self._saved.put_nowait(stream.finish)
+        else:
+            stream.finish()
 
     async def _look_up(self, lookup: engine_pb2.KvLookup) -> None:
         client, arena = self._client, self._arena
+        stream = self._bridge.stream_of(lookup.request_id)
         pinned: list[PinnedBlock] = []
-        if client is not None:
-            sources = self._bridge.sources_of(lookup.request_id)
-            pinned = await client.acquire(list(lookup.keys), list(sources), lookup.tail_key)
+        if client is not None and stream is not None:
+            request_id_var.set(stream.log_id)
+            sources = stream.kv_sources[:_MAX_SOURCES]
+            pinned = await client.acquire(list(lookup.keys), sources, lookup.tail_key)
         if arena is not self._arena:
             pinned = []
         if pinned:
@@ -171,7 +194,6 @@ class KvLink:
             lookup_id=lookup.lookup_id, blocks=[_pinned_to_proto(b) for b in pinned]
         )
         self._send(engine_pb2.EngineCommand(kv_load=load))
-        stream = self._bridge.stream_of(lookup.request_id)
         if stream is not None:
             for block in pinned:
                 stream.add_published(block.key, block.num_tokens)
@@ -182,12 +204,14 @@ class KvLink:
         self._metrics.kv_loaded_bytes.inc(loaded.num_bytes)
         if loaded.corrupt_keys:
             self._metrics.kv_corrupt_blocks.inc(len(loaded.corrupt_keys))
-            logger.warning("kv-block-corrupt", extra={"fields": {"blocks": len(loaded.corrupt_keys)}})
-        if self._client is not None and keys:
+            fields = {"blocks": len(loaded.corrupt_keys)}
+            logger.warning("kv-block-corrupt", extra={"fields": fields})
+        client, arena = self._client, self._arena
+        if client is not None and arena is not None and keys:
             try:
-                await self._client.release(keys, list(loaded.corrupt_keys), [])
+                await client.release(keys, list(loaded.corrupt_keys), [])
             except UnavailableError:
-                return  # The session's end releases everything.
+                self._restart(arena)
 
     async def _commit_loop(self) -> None:
         """Make written blocks readable, in order, many per call; run what waits behind them."""
@@ -202,15 +226,16 @@ class KvLink:
 
     async def _commit(self, saved: list[engine_pb2.KvSaved]) -> None:
         written = [_written_from_proto(b) for item in saved for b in item.blocks]
-        if not written or self._client is None:
+        client, arena = self._client, self._arena
+        if not written or client is None or arena is None:
             return
         try:
-            readable = set(await self._client.commit(written))
+            readable = set(await client.commit(written))
         except UnavailableError:
+            self._restart(arena)
             return
-        size = self._layout.block_bytes
-        self._metrics.kv_saved_blocks.inc(len(written))
-        self._metrics.kv_saved_bytes.inc(len(written) * size)
+        self._metrics.kv_saved_blocks.inc(len(readable))
+        self._metrics.kv_saved_bytes.inc(len(readable) * self._layout.block_bytes)
         for item in saved:
             stream = self._bridge.stream_of(item.request_id)
             if stream is None:

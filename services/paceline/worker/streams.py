@@ -27,11 +27,23 @@ class _Merged:
 class RequestStream:
     """News of one request, merged until somebody reads them."""
 
-    def __init__(self, *, reports_published: bool) -> None:
-        self._reports_published = reports_published
+    def __init__(
+        self,
+        *,
+        reports_published: bool = False,
+        log_id: str = "",
+        kv_sources: tuple[str, ...] = (),
+    ) -> None:
+        self.reports_published = reports_published
+        """Whether the caller hears which blocks became readable; so for prefills."""
+        self.log_id = log_id
+        """Request id under which every hop logs."""
+        self.kv_sources = kv_sources
+        """KV nodes that the caller knows to hold blocks of the prompt."""
         self._chunks: dict[int, _Merged] = {}
-        self._published_keys: list[bytes] = []
-        self._published_tokens = 0
+        self._published: set[bytes] = set()
+        self._new_keys: list[bytes] = []
+        self._new_tokens = 0
         self._local_hit_tokens = 0
         self._store_hit_tokens = 0
         self._is_finished = False
@@ -48,12 +60,12 @@ class RequestStream:
         self._has_news.set()
 
     def add_published(self, key: bytes, num_tokens: int) -> None:
-        """Note a block of the request that became readable in the store."""
-        if not self._reports_published:
-            return
-        self._published_keys.append(key)
-        self._published_tokens += num_tokens
-        self._has_news.set()
+        """Note a block of the request that became readable in the store; once per block."""
+        if self.reports_published and key not in self._published:
+            self._published.add(key)
+            self._new_keys.append(key)
+            self._new_tokens += num_tokens
+            self._has_news.set()
 
     def add_hits(self, local_tokens: int, store_tokens: int) -> None:
         """Note prompt tokens that need no computing."""
@@ -66,7 +78,7 @@ class RequestStream:
         self._has_news.set()
 
     def fail(self, error: PacelineError) -> None:
-        """End the stream with an error; what is buffered is delivered first."""
+        """End the stream with an error, unless it is over; what is buffered comes first."""
         self._error = self._error or error
         self._has_news.set()
 
@@ -79,16 +91,16 @@ class RequestStream:
             await self._has_news.wait()
             self._has_news.clear()
             update = self._take()
-            is_empty = update == RequestUpdate()
-            if not is_empty:
+            if update != RequestUpdate():
                 yield update
-            if self._error is not None:
-                raise self._error
             if update.is_finished:
                 return
+            if self._error is not None:
+                raise self._error
 
     def _take(self) -> RequestUpdate:
         chunks, self._chunks = self._chunks, {}
+        keys, self._new_keys = self._new_keys, []
         update = RequestUpdate(
             chunks=tuple(
                 TokenChunk(
@@ -100,12 +112,11 @@ class RequestStream:
                 )
                 for index, m in chunks.items()
             ),
-            published_keys=tuple(self._published_keys),
-            published_tokens=self._published_tokens,
+            published_keys=tuple(keys),
+            published_tokens=self._new_tokens,
             local_hit_tokens=self._local_hit_tokens,
             store_hit_tokens=self._store_hit_tokens,
             is_finished=self._is_finished,
         )
-        self._published_keys = []
-        self._published_tokens = self._local_hit_tokens = self._store_hit_tokens = 0
+        self._new_tokens = self._local_hit_tokens = self._store_hit_tokens = 0
         return update

@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from paceline.rpc.channel import open_channel
-
 from paceline.domain.blocks import LAYOUT_VERSION
 from paceline.domain.errors import UnavailableError
 from paceline.domain.member import Member
@@ -24,6 +22,7 @@ from paceline.kvstore.arena_file import arena_path
 from paceline.kvstore.client import KvNodeClient
 from paceline.kvstore.values import KvLayoutInfo, PinnedBlock, WrittenBlock
 from paceline.process.membership import Membership
+from paceline.rpc.channel import open_channel
 from paceline.v1 import kvstore_pb2
 from tests.waiting import until
 

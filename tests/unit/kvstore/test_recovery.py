@@ -25,6 +25,12 @@ from tests.unit.kvstore.node_process import (
 from tests.waiting import until
 
 
+def overwrite_start(path: Path, data: bytes) -> None:
+    """Overwrite the first bytes of a file."""
+    with path.open("r+b") as file:
+        file.write(data)
+
+
 async def until_found(redis_url: str, keys: list[bytes], expected: dict[str, int]) -> None:
     """Wait until the index answers as expected."""
     index = BlockIndex(redis_url, FLEET)
@@ -123,8 +129,7 @@ async def test_a_file_of_another_size_or_format_is_discarded(make_node: NodeMake
     async with attached(member) as worker:
         await worker.write(blocks(3))
     node.kill()
-    with open(node.arena, "r+b") as file:
-        file.write(b"NONSENSE")
+    overwrite_start(node.arena, b"NONSENSE")
     member = await node.start()
     assert (await stats(member)).num_blocks == 0
     async with attached(member) as worker:

@@ -9,7 +9,7 @@ import grpc
 from paceline.domain.errors import UnavailableError
 from paceline.kvstore import wire
 from paceline.kvstore.values import FetchedBlock, KvLayoutInfo
-from paceline.rpc.channel import map_rpc_error, open_channel
+from paceline.rpc.channel import map_rpc_error, open_channel, request_metadata
 from paceline.v1 import kvstore_pb2
 
 REASON = "kv-peer-unavailable"
@@ -27,7 +27,7 @@ class GrpcTransport:
     ) -> AsyncGenerator[FetchedBlock]:
         """Yield the blocks the peer has; a block that comes short or long is yielded so."""
         request = kvstore_pb2.FetchRequest(layout=wire.layout_to_proto(layout), keys=keys)
-        call = self._stub.Fetch(request, timeout=timeout_s)
+        call = self._stub.Fetch(request, timeout=timeout_s, metadata=request_metadata())
         first: kvstore_pb2.FetchResponse | None = None
         data = bytearray()
         try:
