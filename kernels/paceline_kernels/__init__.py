@@ -12,14 +12,24 @@ from paceline_kernels.reference import (
     silu_mul,
     write_kv,
 )
-from paceline_kernels.sampling import gumbel_noise, philox_uniform, truncate_logits
+from paceline_kernels.sampling import (
+    gumbel_noise,
+    gumbel_noise_at,
+    philox4x32,
+    philox_uniform,
+    philox_uniform_at,
+    truncate_logits,
+)
 
 __all__ = [
     "AttentionBatch",
     "gumbel_noise",
+    "gumbel_noise_at",
     "linear",
     "paged_attention",
+    "philox4x32",
     "philox_uniform",
+    "philox_uniform_at",
     "rms_norm",
     "rotary",
     "silu_mul",

@@ -8,6 +8,7 @@ The KV pool of one layer is `kv_P2KTD`: K at index 0, V at index 1 of its second
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,10 @@ class AttentionBatch:
     block_size: int
     max_q: int
     tree_mask: torch.Tensor | None = None
-    """Flat bool, q_len*q_len entries per row, row-major: query may see the step's token."""
+    """Flat bool, q_len*q_len entries per row, row-major: query may see the step's token.
+
+    A token sees itself and its ancestors; their number is its position behind the context.
+    """
 
 
 def rms_norm(x_ND: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
@@ -90,11 +94,12 @@ def paged_attention(
 ) -> torch.Tensor:
     """Attend each query to its row's context, causally or by the tree mask.
 
-    With `window`, a query at index i sees [i - window + 1, i]. Returns [N, H, D].
+    With `window`, a query at position i sees positions [i - window + 1, i]. Pages may hold
+    anything behind the context, NaN included. Returns [N, H, D].
     """
     out_NHD = torch.empty_like(q_NHD)
     starts = batch.cu_q.tolist()
-    q_lens = [end - start for start, end in zip(starts, starts[1:], strict=False)]
+    q_lens = [end - start for start, end in pairwise(starts)]
     singles = [r for r, q_len in enumerate(q_lens) if q_len == 1]
     if singles:
         at = torch.tensor([starts[r] for r in singles])
@@ -124,14 +129,15 @@ def _decode_rows(
     num_blocks = -(-int(lens_R.max()) // batch.block_size)
     tables_RB = batch.block_tables[rows_R, :num_blocks].long()
     in_row_RB = torch.arange(num_blocks) * batch.block_size < lens_R[:, None]
-    kv = kv_P2KTD[torch.where(in_row_RB, tables_RB, 0)]
-    k_RKCD, v_RKCD = kv.permute(2, 0, 3, 1, 4, 5).flatten(3, 4).unbind(0)
-    at_C = torch.arange(k_RKCD.shape[2])
+    kv_RB2KTD = kv_P2KTD[torch.where(in_row_RB, tables_RB, 0)]
+    at_C = torch.arange(num_blocks * batch.block_size)
     seen_RC = at_C < lens_R[:, None]
     if window is not None:
         seen_RC &= at_C >= lens_R[:, None] - window
-    # Padding may hold anything, NaN included; masked scores do not protect values.
-    v_RKCD = v_RKCD.masked_fill(~seen_RC[:, None, :, None], 0)
+    # What lies behind a context may be NaN, which no mask on scores keeps out of a sum.
+    seen_RBT = seen_RC.unflatten(1, (num_blocks, batch.block_size))
+    kv_RB2KTD.masked_fill_(~seen_RBT[:, :, None, None, :, None], 0)
+    k_RKCD, v_RKCD = kv_RB2KTD.permute(2, 0, 3, 1, 4, 5).flatten(3, 4).unbind(0)
     out = F.scaled_dot_product_attention(
         q_RHD.unsqueeze(2),
         k_RKCD,
@@ -156,13 +162,16 @@ def _long_row(
     kv_len, q_len = int(batch.kv_lens[row]), q_QHD.shape[0]
     pages_B = batch.block_tables[row, : -(-kv_len // batch.block_size)].long()
     k_KCD, v_KCD = kv_P2KTD[pages_B].permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :kv_len].unbind(0)
-    at_Q = torch.arange(kv_len - q_len, kv_len)[:, None]
-    at_C = torch.arange(kv_len)[None, :]
+    num_before = kv_len - q_len
+    at_C = torch.arange(kv_len)
+    if tree_mask_QQ is not None:
+        at_C[num_before:] = num_before + tree_mask_QQ.sum(dim=1) - 1
+    at_Q = at_C[num_before:, None]
     seen_QC = at_C <= at_Q
+    if tree_mask_QQ is not None:
+        seen_QC[:, num_before:] = tree_mask_QQ
     if window is not None:
         seen_QC &= at_C > at_Q - window
-    if tree_mask_QQ is not None:
-        seen_QC[:, kv_len - q_len :] = tree_mask_QQ
     out_1HQD = F.scaled_dot_product_attention(
         q_QHD.transpose(0, 1)[None],
         k_KCD[None],

@@ -1,9 +1,12 @@
 """Sampling operations: counter-based noise and truncation of distributions.
 
-Shape legend: R rows, V vocabulary.
+Every row is computed by itself and in the same way whatever the batch, so that what is drawn
+for it does not depend on its neighbours. Shape legend: R rows, V vocabulary, K candidates.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 
@@ -11,6 +14,9 @@ _MASK = 0xFFFFFFFF
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _ROUNDS = 10
+
+_NUCLEUS_TOKENS = 1024
+"""Tokens sorted first for top-p: of 150,000, sorting 1,024 takes 0.8 ms, 16,384 2.3, all 11."""
 
 
 def philox_uniform(
@@ -21,49 +27,82 @@ def philox_uniform(
     key = (seed low, seed high), counter = (token // 4, position, stream, 0), lane = token % 4,
     value = (x + 0.5) / 2**32: a token's noise depends on nothing but these numbers.
     """
-    groups = (vocab + 3) // 4
-    c0 = torch.arange(groups).expand(seeds_R.shape[0], groups)
-    words = philox4x32(
-        (
-            c0,
-            (positions_R[:, None] & _MASK).expand_as(c0),
-            (streams_R[:, None] & _MASK).expand_as(c0),
-            torch.zeros_like(c0),
-        ),
-        (seeds_R[:, None] & _MASK, (seeds_R[:, None] >> 32) & _MASK),
-    )
-    x_RV = torch.stack(words, dim=-1).flatten(1)[:, :vocab]
-    return (x_RV.double() + 0.5) * 2.0**-32
+    return torch.cat(list(_uniform_rows(seeds_R, streams_R, positions_R, vocab)))
+
+
+def _uniform_rows(
+    seeds_R: torch.Tensor, streams_R: torch.Tensor, positions_R: torch.Tensor, vocab: int
+) -> Iterator[torch.Tensor]:
+    """Yield [1, V] per row: one row's words of 300 KB each stay in the cache, 32 rows' do not."""
+    groups_1G = torch.arange((vocab + 3) // 4)[None]
+    keys = zip(seeds_R.split(1), streams_R.split(1), positions_R.split(1), strict=True)
+    words = (torch.stack(_words(*key, groups_1G), dim=-1).flatten(1)[:, :vocab] for key in keys)
+    return (_to_uniform(words_1V) for words_1V in words)
+
+
+def philox_uniform_at(
+    seeds_R: torch.Tensor,
+    streams_R: torch.Tensor,
+    positions_R: torch.Tensor,
+    tokens_RK: torch.Tensor,
+) -> torch.Tensor:
+    """Return `philox_uniform`'s values of some tokens only, float64 [R, K]."""
+    words = torch.stack(_words(seeds_R, streams_R, positions_R, tokens_RK // 4), dim=-1)
+    return _to_uniform(words.gather(-1, (tokens_RK % 4)[..., None])[..., 0])
+
+
+def _words(
+    seeds_R: torch.Tensor,
+    streams_R: torch.Tensor,
+    positions_R: torch.Tensor,
+    groups_RG: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    seeds_R1, streams_R1, positions_R1 = seeds_R[:, None], streams_R[:, None], positions_R[:, None]
+    counter = (groups_RG, positions_R1 & _MASK, streams_R1 & _MASK, torch.zeros_like(seeds_R1))
+    return philox4x32(counter, (seeds_R1 & _MASK, (seeds_R1 >> 32) & _MASK))
+
+
+def _to_uniform(words: torch.Tensor) -> torch.Tensor:
+    return (words.double() + 0.5) * 2.0**-32
 
 
 def philox4x32(
     counter: tuple[torch.Tensor, ...], key: tuple[torch.Tensor, torch.Tensor]
 ) -> tuple[torch.Tensor, ...]:
-    """Apply ten Philox rounds to 32-bit words held in int64 tensors."""
+    """Apply ten Philox rounds to 32-bit words held in int64 tensors that broadcast."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for round_ in range(_ROUNDS):
         if round_:
             k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
-        high0, low0 = _multiply(_M0, c0)
-        high1, low1 = _multiply(_M1, c2)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-    return c0, c1, c2, c3
-
-
-def _multiply(constant: int, word: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return high and low 32 bits of a product, without overflowing signed 64 bits."""
-    low_part = constant * (word & 0xFFFF)
-    high_part = constant * (word >> 16) + (low_part >> 16)
-    return high_part >> 16, ((high_part & 0xFFFF) << 16) | (low_part & 0xFFFF)
+        # A product may wrap around 64 bits: its bits are those of the unsigned product.
+        product0, product1 = c0 * _M0, c2 * _M1
+        c0, c2 = (product1 >> 32) & _MASK, (product0 >> 32) & _MASK
+        c0, c2 = c0 ^ c1 ^ k0, c2 ^ c3 ^ k1
+        c1, c3 = product1 & _MASK, product0 & _MASK
+    return tuple(torch.broadcast_tensors(c0, c1, c2, c3))
 
 
 def gumbel_noise(
     seeds_R: torch.Tensor, streams_R: torch.Tensor, positions_R: torch.Tensor, vocab: int
 ) -> torch.Tensor:
     """Return standard Gumbel noise, float32 [R, V]; argmax(log p + noise) draws from p."""
-    uniform = philox_uniform(seeds_R, streams_R, positions_R, vocab)
-    return (-torch.log(-torch.log(uniform))).float()
+    rows = _uniform_rows(seeds_R, streams_R, positions_R, vocab)
+    return torch.cat([_to_gumbel(uniform_1V) for uniform_1V in rows])
+
+
+def gumbel_noise_at(
+    seeds_R: torch.Tensor,
+    streams_R: torch.Tensor,
+    positions_R: torch.Tensor,
+    tokens_RK: torch.Tensor,
+) -> torch.Tensor:
+    """Return `gumbel_noise`'s values of some tokens only, float32 [R, K]."""
+    return _to_gumbel(philox_uniform_at(seeds_R, streams_R, positions_R, tokens_RK))
+
+
+def _to_gumbel(uniform: torch.Tensor) -> torch.Tensor:
+    return uniform.log_().neg_().log_().neg_().float()
 
 
 def truncate_logits(
@@ -77,19 +116,37 @@ def truncate_logits(
     vocab = logits_RV.shape[1]
     if bool((top_k_R > 0).any()):
         k_R = torch.where(top_k_R > 0, top_k_R, vocab).clamp(max=vocab)
-        best_RK = logits_RV.topk(int(k_R.max()), dim=-1).values
-        threshold_R1 = best_RK.gather(1, k_R[:, None] - 1)
+        limited_R = k_R < vocab
+        threshold_R1 = torch.full((len(k_R), 1), float("-inf"), dtype=logits_RV.dtype)
+        if bool(limited_R.any()):
+            best_RK = logits_RV[limited_R].topk(int(k_R[limited_R].max()), dim=-1).values
+            threshold_R1[limited_R] = best_RK.gather(1, k_R[limited_R][:, None] - 1)
         logits_RV = logits_RV.masked_fill(logits_RV < threshold_R1, float("-inf"))
-    if bool((top_p_R < 1.0).any()):
-        sorted_RV, order_RV = logits_RV.sort(dim=-1, descending=False)
-        below_RV = sorted_RV.softmax(dim=-1).cumsum(dim=-1)
-        drop_RV = below_RV <= (1.0 - top_p_R[:, None])
-        drop_RV &= top_p_R[:, None] < 1.0
-        drop_RV[:, -1] = False
-        dropped_RV = drop_RV.scatter(1, order_RV, drop_RV)
-        logits_RV = logits_RV.masked_fill(dropped_RV, float("-inf"))
+    nuclei = [r for r, top_p in enumerate(top_p_R.tolist()) if top_p < 1.0]
+    if nuclei:
+        logits_RV = logits_RV.clone()
+        for r in nuclei:
+            logits_RV[r] = _nucleus(logits_RV[r], float(top_p_R[r]))
     if bool((min_p_R > 0.0).any()):
         probs_RV = logits_RV.softmax(dim=-1)
         floor_R1 = probs_RV.max(dim=-1, keepdim=True).values * min_p_R[:, None]
         logits_RV = logits_RV.masked_fill(probs_RV < floor_R1, float("-inf"))
     return logits_RV
+
+
+def _nucleus(logits_V: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Keep the smallest set of likeliest tokens whose probability reaches `top_p`.
+
+    A token goes when those before it reach `top_p` without it (Holtzman et al. 2020, eq. 4).
+    """
+    probs_V = logits_V.double().softmax(dim=-1)
+    size = min(_NUCLEUS_TOKENS, len(probs_V))
+    while True:
+        likeliest = probs_V.topk(size)
+        before = likeliest.values.cumsum(0) - likeliest.values
+        num_kept = int((before < top_p).sum())
+        if num_kept < size or size == len(probs_V):
+            break
+        size = min(16 * size, len(probs_V))
+    kept = likeliest.indices[: max(num_kept, 1)]
+    return torch.full_like(logits_V, float("-inf")).scatter_(0, kept, logits_V[kept])

@@ -1,0 +1,1 @@
+"""Values that cross borders: requests, block identity, costs, members, errors. No I/O."""

@@ -42,7 +42,9 @@ def block_key(key: bytes, parent: bytes, token_ids: Sequence[int]) -> bytes:
 
 def tail_key(key: bytes, parent: bytes, token_ids: Sequence[int], request_id: str) -> bytes:
     """Hash the partial last block of one request's prompt; never equal to a full block's key."""
-    data = parent + struct.pack(f"<{len(token_ids)}i", *token_ids) + _TAIL_MARK + request_id.encode()
+    data = (
+        parent + struct.pack(f"<{len(token_ids)}i", *token_ids) + _TAIL_MARK + request_id.encode()
+    )
     return blake3(data, key=key).digest(KEY_BYTES)
 
 

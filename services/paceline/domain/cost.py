@@ -23,9 +23,7 @@ class StepCost:
 
     def step_s(self, rows: int, tokens: int, attended: int) -> float:
         """Predict one step."""
-        return (
-            self.base_s + self.row_s * rows + self.token_s * tokens + self.context_s * attended
-        )
+        return self.base_s + self.row_s * rows + self.token_s * tokens + self.context_s * attended
 
     def prefill_s(self, tokens: int, cached: int, chunk: int) -> float:
         """Predict computing `tokens` prompt tokens behind `cached` ones in steps of `chunk`."""
@@ -33,4 +31,6 @@ class StepCost:
             return 0.0
         steps = -(-tokens // max(chunk, 1))
         attended = tokens * cached + tokens * (tokens + 1) // 2
-        return steps * (self.base_s + self.row_s) + self.token_s * tokens + self.context_s * attended
+        return (
+            steps * (self.base_s + self.row_s) + self.token_s * tokens + self.context_s * attended
+        )

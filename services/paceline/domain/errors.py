@@ -71,7 +71,9 @@ class ExhaustedError(PacelineError):
 
     reason = "queue-full"
 
-    def __init__(self, message: str, *, retry_after_s: float = 1.0, reason: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, retry_after_s: float = 1.0, reason: str | None = None
+    ) -> None:
         super().__init__(message, reason=reason)
         self.retry_after_s = retry_after_s
 
@@ -81,7 +83,9 @@ class UnavailableError(PacelineError):
 
     reason = "no-ready-worker"
 
-    def __init__(self, message: str, *, retry_after_s: float = 1.0, reason: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, retry_after_s: float = 1.0, reason: str | None = None
+    ) -> None:
         super().__init__(message, reason=reason)
         self.retry_after_s = retry_after_s
 

@@ -38,7 +38,7 @@ class BlockPool:
         return len(self._free) + len(self._reclaimable)
 
     def allocate(self) -> int | None:
-        """Hand out a page with one holder and no key, evicting the coldest cached one if need be."""
+        """Hand out a page with one holder and no key, evicting the coldest cached one."""
         if self._free:
             page = self._free.pop()
         elif self._reclaimable:
@@ -68,6 +68,18 @@ class BlockPool:
                 else:
                     self._reclaimable[page] = None
 
+    def num_holders(self, page: int) -> int:
+        """Return how many hold the page."""
+        return self._holders[page]
+
+    def num_exclusive(self, pages: Iterable[int]) -> int:
+        """Count the pages that would have no holder if one holder of each let go."""
+        return sum(self._holders[page] == 1 for page in pages)
+
+    def key_of(self, page: int) -> bytes | None:
+        """Return the key of the block that the page caches, or None."""
+        return self._key_of_page[page]
+
     def find(self, key: bytes) -> int | None:
         """Return the page that caches the block, or None. Does not add a holder."""
         return self._page_of_key.get(key)
@@ -78,13 +90,6 @@ class BlockPool:
         if key not in self._page_of_key and self._key_of_page[page] is None:
             self._page_of_key[key] = page
             self._key_of_page[page] = key
-
-    def forget_cached(self) -> None:
-        """Drop every key, so that nothing is found any more; holders are not touched."""
-        self._free.extend(self._reclaimable)
-        self._reclaimable.clear()
-        self._page_of_key.clear()
-        self._key_of_page = [None] * self.num_pages
 
     def check_integrity(self, held: Iterable[int]) -> list[str]:
         """Compare the books with the pages that callers say they hold; return what is wrong."""
@@ -98,12 +103,21 @@ class BlockPool:
         for page, count in enumerate(self._holders):
             if idle[page] != (0 if count else 1):
                 problems.append(f"page {page}: {count} holders, {idle[page]} times idle")
-        for key, page in self._page_of_key.items():
-            if self._key_of_page[page] != key:
-                problems.append(f"key {key.hex()} points to page {page} which has another key")
-        for page in self._reclaimable:
-            if self._key_of_page[page] is None:
-                problems.append(f"page {page} is reclaimable without a key")
+        for page, key in enumerate(self._key_of_page):
+            if key is not None and self._page_of_key.get(key) != page:
+                problems.append(f"page {page} has key {key.hex()} and is not found by it")
+        if len(self._page_of_key) != sum(key is not None for key in self._key_of_page):
+            problems.append("keys point to pages that do not have them")
+        problems += [
+            f"page {page} is free with a key"
+            for page in self._free
+            if self._key_of_page[page] is not None
+        ]
+        problems += [
+            f"page {page} is reclaimable without a key"
+            for page in self._reclaimable
+            if self._key_of_page[page] is None
+        ]
         return problems
 
     def _forget_key(self, page: int) -> None:

@@ -45,16 +45,21 @@ def build_engine(options: EngineOptions) -> tuple[Engine, EngineCard]:
         UnsupportedModelError: the checkpoint cannot be served; names what is wrong.
         ValueError: an option is out of range.
     """
-    if options.dtype not in _DTYPES:
-        raise ValueError(f"dtype {options.dtype!r}: expected one of {sorted(_DTYPES)}")
+    _check_options(options)
     torch.set_num_threads(options.threads)
     directory, dtype = Path(options.model), _DTYPES[options.dtype]
     config = load_model_config(directory)
     num_pages = _num_pages(options, config, dtype)
-    model = DecoderModel(config, load_tensors(directory), dtype=dtype, device="cpu")
-    runner = Runner(model, num_pages=num_pages, block_size=options.block_size, dtype=dtype)
     # One sequence must always fit alone, else preemption could not help it.
     max_context = min(config.max_context_tokens, num_pages * options.block_size)
+    model = DecoderModel(
+        config,
+        load_tensors(directory),
+        dtype=dtype,
+        device="cpu",
+        max_context_tokens=max_context,
+    )
+    runner = Runner(model, num_pages=num_pages, block_size=options.block_size, dtype=dtype)
     cost = measure_step_cost(
         runner,
         num_pages=num_pages,
@@ -72,7 +77,9 @@ def build_engine(options: EngineOptions) -> tuple[Engine, EngineCard]:
         max_context_tokens=max_context,
         eos_token_ids=frozenset(config.eos_token_ids),
     )
-    engine = Engine(runner, scheduler, kv_root=root, monotonic=time.monotonic)
+    engine = Engine(
+        runner, scheduler, kv_root=root, vocab_size=config.vocab_size, monotonic=time.monotonic
+    )
     card = EngineCard(
         config=config,
         model_digest=digest,
@@ -85,6 +92,14 @@ def build_engine(options: EngineOptions) -> tuple[Engine, EngineCard]:
         step_cost=cost,
     )
     return engine, card
+
+
+def _check_options(options: EngineOptions) -> None:
+    if options.dtype not in _DTYPES:
+        raise ValueError(f"dtype {options.dtype!r}: expected one of {sorted(_DTYPES)}")
+    for name in ("block_size", "chunk_tokens", "max_num_seqs", "threads", "kv_memory_mb"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"{name} {getattr(options, name)}: expected at least 1")
 
 
 def _num_pages(options: EngineOptions, config: ModelConfig, dtype: torch.dtype) -> int:

@@ -1,25 +1,28 @@
 """The engine: submit, cancel, step. The page to read first.
 
-`step` admits waiting sequences (own prefix cache, then the KV store), plans one iteration,
-runs it, books the result and writes finished blocks to the store. One thread owns all of it;
-worker/engine_process.py calls it in a loop and carries its events to the worker.
+`step` admits waiting sequences (admission.py), plans one iteration (scheduler.py), runs it,
+books the result and writes finished blocks to the store (kv_exchange.py). One thread owns all
+of it; worker/engine_process.py calls it in a loop and carries its events to the worker.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
-from itertools import dropwhile
 from typing import Protocol
 
-from paceline.domain.blocks import salt_key, tail_key
+from paceline.domain.blocks import salt_key
 from paceline.domain.errors import AlreadyExistsError, InternalError, InvalidRequestError
 from paceline.domain.request import FinishReason, GenerationSpec, TokenChunk
+from paceline.engine.admission import Admission
 from paceline.engine.events import EngineEvent, EngineLoad, FailedEvent, OutputEvent
 from paceline.engine.kv_exchange import KvExchange
 from paceline.engine.ports import BlockArena, PageMemory, Slot, StoredBlock
 from paceline.engine.request import Phase, Request, Sequence
 from paceline.engine.scheduler import Scheduler
 from paceline.engine.step import SampledToken, StepPlan, StepResult
+
+logger = logging.getLogger(__name__)
 
 
 class StepRunner(PageMemory, Protocol):
@@ -39,14 +42,16 @@ class Engine:
         scheduler: Scheduler,
         *,
         kv_root: bytes,
+        vocab_size: int,
         monotonic: Callable[[], float],
     ) -> None:
         self._runner = runner
         self._scheduler = scheduler
         self._kv_root = kv_root
+        self._vocab_size = vocab_size
         self._monotonic = monotonic
-        self._block_size = scheduler.block_size
         self._exchange = KvExchange(scheduler.pool, runner, scheduler.block_size, kv_root)
+        self._admission = Admission(scheduler, self._exchange)
         self._requests: dict[str, Request] = {}
         self._events: list[EngineEvent] = []
         self._num_arrivals = 0
@@ -69,40 +74,32 @@ class Engine:
 
         Raises:
             AlreadyExistsError: a request with this id runs.
-            InvalidRequestError: the prompt is empty or does not fit.
+            InvalidRequestError: the prompt is empty, does not fit, or names unknown tokens.
         """
         if spec.request_id in self._requests:
             raise AlreadyExistsError(f"request {spec.request_id} is running")
-        longest = max((len(t) for t in (resumed or {}).values()), default=0)
-        num_tokens = len(spec.prompt_token_ids) + longest
-        if not 0 < num_tokens < self._scheduler.max_context_tokens:
-            limit = self._scheduler.max_context_tokens
-            raise InvalidRequestError(
-                "prompt", f"{num_tokens} prompt tokens, the context holds {limit}"
-            )
-        self._num_arrivals += 1
         request = Request(
             spec=spec,
             key=salt_key(spec.cache_salt),
             root=self._kv_root,
-            arrival=self._num_arrivals,
+            arrival=self._num_arrivals + 1,
             fleet_id=spec.request_id if fleet_id is None else fleet_id,
             is_prefill_only=is_prefill_only,
-            resumed=dict(resumed or {}),
-            finished_indices=finished_indices,
+            resumed={} if is_prefill_only else dict(resumed or {}),
+            finished_indices=frozenset() if is_prefill_only else finished_indices,
         )
+        self._check_tokens(request)
+        self._num_arrivals += 1
         self._requests[spec.request_id] = request
-        indices = [i for i in range(spec.n) if i not in finished_indices]
-        if is_prefill_only:
-            indices = [0]
+        indices = [0] if is_prefill_only else request.open_indices
         if not indices:
             self._end_request(request)
             return
         request.is_forked = len(indices) == 1
         first = self._new_sequence(request, indices[0])
-        if request.is_forked and not is_prefill_only:
-            first.token_ids.extend(request.resumed.get(indices[0], ()))
         self._scheduler.add(first)
+        if request.is_forked and not is_prefill_only:
+            self._resume([first])
 
     def cancel(self, request_id: str, index: int | None = None) -> None:
         """End a request, or one of its outputs; unknown ids are ignored. Frees pages at once."""
@@ -112,7 +109,7 @@ class Engine:
         if index is not None and not request.is_forked:
             # Before the fork all outputs are one sequence: remember not to make this one.
             request.finished_indices |= {index}
-            if len(request.finished_indices) < request.spec.n:
+            if request.open_indices:
                 return
         for sequence in request.sequences:
             if index is None or sequence.index == index or not request.is_forked:
@@ -130,16 +127,18 @@ class Engine:
 
     def answer_lookup(self, lookup_id: int, blocks: tuple[StoredBlock, ...]) -> None:
         """Take the store's answer to a LookupEvent."""
-        self._events += self._exchange.answer(lookup_id, blocks)
+        self._events += self._exchange.lookups.answer(lookup_id, blocks)
 
     # -- stepping -------------------------------------------------------------------------
 
     @property
     def has_work(self) -> bool:
         """Whether `step` would do something right now."""
-        s, now = self._scheduler, self._monotonic()
-        return any(q.num_remaining > 0 for q in s.running) or any(
-            not self._exchange.is_waiting_for(q, now) for q in s.waiting
+        s, now_s = self._scheduler, self._monotonic()
+        return (
+            any(q.num_remaining > 0 for q in s.running)
+            or any(not self._exchange.lookups.is_waiting(q, now_s) for q in s.waiting)
+            or self._exchange.can_write
         )
 
     def next_deadline_s(self) -> float | None:
@@ -148,19 +147,15 @@ class Engine:
 
     def step(self) -> list[EngineEvent]:
         """Do one iteration and return what happened since the last call."""
-        now = self._monotonic()
-        self._admit(now)
-        self._settle_leaders(now)
-        plan = self._scheduler.plan()
-        if plan is None and any(s.num_remaining > 0 for s in self._scheduler.running):
-            # Pages held for the store are the only ones left to take back.
-            self._exchange.drop_saves()
-            plan = self._scheduler.plan()
+        now_s = self._monotonic()
+        self._events += self._admission.admit(now_s)
+        self._settle_leaders(now_s)
+        plan = self._scheduler.plan(self._exchange.reclaim)
         if plan is not None:
-            self._run(plan, now)
-            self._settle_leaders(now)
+            self._run(plan, now_s)
+            self._settle_leaders(now_s)
         self._events += self._exchange.write_saves(self._monotonic())
-        self._settle_leaders(now)
+        self._settle_leaders(now_s)
         events, self._events = self._events, []
         return events
 
@@ -184,13 +179,22 @@ class Engine:
     def check_integrity(self) -> list[str]:
         """Check every book of the engine; an empty list means all hold."""
         problems = self._scheduler.check_integrity(self._exchange.held_pages)
-        queued = {s.id for s in [*self._scheduler.waiting, *self._scheduler.running]}
+        queued = [*self._scheduler.waiting, *self._scheduler.running]
+        for sequence in queued:
+            request = sequence.request
+            if self._requests.get(request.spec.request_id) is not request:
+                problems.append(f"sequence {sequence.id}: its request is over")
+            if sequence not in request.sequences:
+                problems.append(f"sequence {sequence.id}: its request does not know it")
         for request in self._requests.values():
-            alive = {s.id for s in request.sequences if s.phase is not Phase.FINISHED}
-            if not alive <= queued:
+            alive = [s for s in request.sequences if s.phase is not Phase.FINISHED]
+            if not alive or not {s.id for s in alive} <= {s.id for s in queued}:
                 problems.append(f"request {request.spec.request_id}: sequences in no queue")
-            if not alive and not request.num_unsaved:
-                problems.append(f"request {request.spec.request_id}: over and not ended")
+            if request.num_unsaved != self._exchange.num_saves_of(request):
+                problems.append(f"request {request.spec.request_id}: unsaved blocks miscounted")
+        waiting = {s.id for s in self._scheduler.waiting}
+        if not set(self._exchange.lookups.sequence_ids) <= waiting:
+            problems.append("lookups of sequences that do not wait")
         return problems
 
     @property
@@ -199,70 +203,6 @@ class Engine:
         return len(self._requests)
 
     # -- inside a step --------------------------------------------------------------------
-
-    def _admit(self, now_s: float) -> None:
-        """Start waiting sequences in order while slots and pages last."""
-        for sequence in list(self._scheduler.waiting):
-            if not self._scheduler.can_admit():
-                return
-            if self._exchange.is_attached and not sequence.has_looked_up:
-                self._look_up(sequence, now_s)
-            if self._exchange.is_waiting_for(sequence, now_s):
-                continue
-            num_local = self._scheduler.match_prefix(sequence)
-            if not self._scheduler.has_room(sequence):
-                self._scheduler.put_back(sequence)
-                return
-            self._start(sequence, num_local, now_s)
-
-    def _start(self, sequence: Sequence, num_local: int, now_s: float) -> None:
-        request = sequence.request
-        in_store = [b.key for b in self._exchange.found_blocks(sequence)]
-        gained, events = self._exchange.load(sequence, num_local)
-        self._events += events
-        self._scheduler.register_loaded(sequence)
-        num_full = sequence.num_computed // self._block_size
-        keys = sequence.block_keys(num_full, self._block_size)
-        # A prefill must leave all its blocks in the store, also those it had at hand; other
-        # sequences save only what they compute themselves.
-        sequence.num_stored = (
-            _common_prefix(keys, in_store) if request.is_prefill_only else num_full
-        )
-        if sequence.num_output == 0 and not request.has_reported_hits:
-            request.local_hit_tokens = num_local * self._block_size
-            request.store_hit_tokens = gained
-        self._scheduler.start(sequence)
-        self._exchange.queue_saves(sequence, now_s)
-
-    def _look_up(self, sequence: Sequence, now_s: float) -> None:
-        """Ask the store for what the own cache does not have."""
-        request = sequence.request
-        limit = sequence.target if sequence.is_leader else sequence.target - 1
-        num_full = limit // self._block_size
-        keys = sequence.block_keys(num_full, self._block_size)
-        tail = b""
-        if not request.is_prefill_only:
-            find = self._scheduler.pool.find
-            keys = list(dropwhile(lambda key: find(key) is not None, keys))
-            tail = self._tail_key(sequence) if sequence.num_output == 0 else b""
-        if not keys and not tail:
-            sequence.has_looked_up = True
-            return
-        event = self._exchange.ask(sequence, keys, tail, now_s)
-        if event is not None:
-            self._events.append(event)
-
-    def _tail_key(self, sequence: Sequence) -> bytes:
-        """Return the key of the partial block in front of the last prompt token, or b""."""
-        request, size = sequence.request, self._block_size
-        last = sequence.num_prompt - 1
-        num_full = last // size
-        if last % size == 0:
-            return b""
-        keys = sequence.block_keys(num_full, size)
-        parent = keys[-1] if keys else request.root
-        tokens = sequence.token_ids[num_full * size : last]
-        return tail_key(request.key, parent, tokens, request.fleet_id)
 
     def _settle_leaders(self, now_s: float) -> None:
         """Fork or finish sequences that computed the prompt for others."""
@@ -274,9 +214,7 @@ class Engine:
                 continue
             if not leader.has_queued_tail:
                 leader.has_queued_tail = True
-                key = self._tail_key(leader)
-                if key:
-                    self._exchange.queue_tail(leader, key, now_s)
+                self._exchange.queue_tail(leader, now_s)
             if leader.request.num_unsaved == 0:
                 self._finish(leader, None)
                 self._end_request(leader.request)
@@ -284,33 +222,49 @@ class Engine:
     def _fork(self, leader: Sequence) -> None:
         request = leader.request
         request.is_forked = True
-        indices = [i for i in range(request.spec.n) if i not in request.finished_indices]
-        leader.index = indices[0]
-        siblings = [self._new_sequence(request, index) for index in indices[1:]]
-        for sequence in [leader, *siblings]:
-            sequence.token_ids.extend(request.resumed.get(sequence.index, ()))
+        leader.index, *others = request.open_indices
+        siblings = [self._new_sequence(request, index) for index in others]
         self._scheduler.fork(leader, siblings)
+        self._resume([leader, *siblings])
+
+    def _resume(self, sequences: list[Sequence]) -> None:
+        """Let outputs of one request go on from the tokens they had elsewhere."""
+        request = sequences[0].request
+        chunks: list[TokenChunk] = []
+        for sequence in sequences:
+            sequence.token_ids.extend(request.resumed.get(sequence.index, ()))
+            reason = self._scheduler.finish_reason(sequence)
+            if reason is not None:
+                self._finish(sequence, reason)
+                chunks.append(TokenChunk(sequence.index, (), finish_reason=reason))
+        if chunks:
+            self._report(request, tuple(chunks))
 
     def _run(self, plan: StepPlan, now_s: float) -> None:
         try:
             result = self._runner.run(plan)
-        except InternalError as error:
-            self._fail_rows(plan, error)
+        except Exception as error:
+            # A step is all or nothing to its requests; whatever it was must not end the others.
+            logger.exception("step-failed", extra={"fields": {"rows": len(plan.rows)}})
+            reason = error.reason if isinstance(error, InternalError) else "step-failed"
+            self._fail({row.sequence_id for row in plan.rows}, reason, type(error).__name__)
             return
         self._num_steps += 1
         self._last_step_s = result.elapsed_s
+        advanced, failed = self._scheduler.commit(plan, result)
+        if failed:
+            self._fail({s.id for s in failed}, "nan-logits", "the model's numbers are not finite")
         chunks: dict[str, list[TokenChunk]] = {}
-        touched: dict[str, Request] = {}
-        advanced = self._scheduler.commit(plan, result)
-        for (sequence, _), sampled in zip(advanced, result.sampled, strict=True):
+        for sequence, sampled in advanced:
+            request_id = sequence.request.spec.request_id
+            if request_id not in self._requests:
+                continue
             self._exchange.queue_saves(sequence, now_s)
-            request = sequence.request
-            touched[request.spec.request_id] = request
+            news = chunks.setdefault(request_id, [])
             if sampled is not None:
-                chunk = self._take_token(sequence, sampled)
-                chunks.setdefault(request.spec.request_id, []).append(chunk)
-        for request_id, request in touched.items():
-            self._report(request, tuple(chunks.get(request_id, ())))
+                news.append(self._take_token(sequence, sampled))
+        for request_id, news in chunks.items():
+            self._report(self._requests[request_id], tuple(news))
 
     def _take_token(self, sequence: Sequence, sampled: SampledToken) -> TokenChunk:
         reason = self._scheduler.finish_reason(sequence)
@@ -335,7 +289,7 @@ class Engine:
                 chunks=chunks,
                 local_hit_tokens=request.local_hit_tokens if is_first else 0,
                 store_hit_tokens=request.store_hit_tokens if is_first else 0,
-                computed_tokens=max((s.num_computed for s in request.sequences), default=0),
+                computed_tokens=request.num_prompt_computed,
                 is_finished=is_over,
             )
         )
@@ -356,20 +310,28 @@ class Engine:
         self._requests.pop(request.spec.request_id, None)
 
     def _finish(self, sequence: Sequence, reason: FinishReason | None) -> None:
-        self._events += self._exchange.forget(sequence)
+        self._events += self._exchange.lookups.forget(sequence)
         self._scheduler.finish(sequence, reason)
 
-    def _fail_rows(self, plan: StepPlan, error: InternalError) -> None:
-        """End the requests of a step that could not be computed; the others go on."""
-        ids = {row.sequence_id for row in plan.rows}
+    def _fail(self, sequence_ids: set[int], reason: str, message: str) -> None:
+        """End the requests of sequences that could not be computed; the others go on."""
         for request in list(self._requests.values()):
-            if any(s.id in ids for s in request.sequences):
+            if any(s.id in sequence_ids for s in request.sequences):
                 for sequence in request.sequences:
                     self._finish(sequence, FinishReason.ERROR)
                 del self._requests[request.spec.request_id]
-                self._events.append(
-                    FailedEvent(request.spec.request_id, error.reason, error.message)
-                )
+                self._events.append(FailedEvent(request.spec.request_id, reason, message))
+
+    def _check_tokens(self, request: Request) -> None:
+        """Refuse what the runner could not compute, before it is in a step with others."""
+        prompt, limit = request.spec.prompt_token_ids, self._scheduler.max_context_tokens
+        outputs = [request.resumed.get(index, ()) for index in request.open_indices]
+        longest = len(prompt) + max(map(len, outputs), default=0)
+        if not 0 < len(prompt) < limit or longest > limit:
+            raise InvalidRequestError("prompt", f"{longest} tokens, the context holds {limit}")
+        for tokens in [prompt, *outputs]:
+            if tokens and not 0 <= min(tokens) <= max(tokens) < self._vocab_size:
+                raise InvalidRequestError("prompt", f"token ids end at {self._vocab_size - 1}")
 
     def _new_sequence(self, request: Request, index: int) -> Sequence:
         self._num_sequences += 1
@@ -381,13 +343,3 @@ class Engine:
         )
         request.sequences.append(sequence)
         return sequence
-
-
-def _common_prefix(keys: list[bytes], others: list[bytes]) -> int:
-    """Count the leading keys that are among the others in the same order."""
-    count = 0
-    for key, other in zip(keys, others, strict=False):
-        if key != other:
-            break
-        count += 1
-    return count

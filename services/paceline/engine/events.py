@@ -1,4 +1,7 @@
-"""What the engine tells its host after a step. Values only; worker/engine_process.py encodes them."""
+"""What the engine tells its host after a step.
+
+Values only; worker/engine_process.py encodes them.
+"""
 
 from __future__ import annotations
 

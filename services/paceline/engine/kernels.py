@@ -3,6 +3,7 @@
 from paceline_kernels import (
     AttentionBatch,
     gumbel_noise,
+    gumbel_noise_at,
     linear,
     paged_attention,
     rms_norm,
@@ -15,6 +16,7 @@ from paceline_kernels import (
 __all__ = [
     "AttentionBatch",
     "gumbel_noise",
+    "gumbel_noise_at",
     "linear",
     "paged_attention",
     "rms_norm",

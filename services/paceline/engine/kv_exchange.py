@@ -1,10 +1,11 @@
 """Moves blocks between the engine's pages and the shared KV store.
 
 Saving: a full block is queued when it is computed and written as soon as a slot is granted;
-its page is held until then. Loading: the host is asked which blocks of a waiting sequence
-the store has, pins them, and the engine copies them into pages when the sequence starts.
-Everything here is best effort: a block that cannot be moved in time is computed again.
-engine.py calls this file once per step.
+its page is held until then, or until a sequence needs the page more. Loading: the host is
+asked which blocks of a waiting sequence the store has, pins them, and the engine copies them
+into pages when the sequence starts. Everything here is best effort: a block that cannot be
+moved in time is computed again. Which sequences ask is lookups.py's; engine.py and
+admission.py call this file.
 """
 
 from __future__ import annotations
@@ -13,18 +14,16 @@ from collections import deque
 from dataclasses import dataclass
 
 from paceline.engine.blocks import BlockPool
-from paceline.engine.events import LoadedEvent, LookupEvent, SavedEvent
+from paceline.engine.events import LoadedEvent, SavedEvent
+from paceline.engine.lookups import Lookups
 from paceline.engine.ports import BlockArena, PageMemory, Slot, StoredBlock
 from paceline.engine.request import Request, Sequence
-
-LOOKUP_TIMEOUT_S = 4.0
-"""How long a sequence waits for the store's answer; above the store's own pull deadline (2 s)."""
 
 SAVE_TIMEOUT_S = 2.0
 """How long a block waits for a slot before it is given up."""
 
-MAX_LOOKUPS = 8
-"""Waiting sequences that may hold pins at a time, so that a long queue cannot pin the arena."""
+SAVE_BYTES_PER_STEP = 8 << 20
+"""Most bytes written between two steps; copying and hashing them takes 2 to 3 ms."""
 
 
 @dataclass(slots=True)
@@ -35,14 +34,6 @@ class _Save:
     num_tokens: int
     is_tail: bool
     deadline_s: float
-
-
-@dataclass(slots=True)
-class _Lookup:
-    sequence_id: int
-    tail_key: bytes
-    deadline_s: float
-    blocks: tuple[StoredBlock, ...] | None = None
 
 
 class KvExchange:
@@ -56,8 +47,7 @@ class KvExchange:
         self._arena: BlockArena | None = None
         self._slots: deque[Slot] = deque()
         self._saves: deque[_Save] = deque()
-        self._lookups: dict[int, _Lookup] = {}
-        self._next_lookup = 1
+        self.lookups = Lookups()
 
     @property
     def is_attached(self) -> bool:
@@ -65,25 +55,40 @@ class KvExchange:
         return self._arena is not None
 
     @property
+    def can_write(self) -> bool:
+        """Whether `write_saves` would write something right now."""
+        return self._arena is not None and bool(self._saves) and bool(self._slots)
+
+    @property
     def held_pages(self) -> list[int]:
         """Pages held for saves that are not written yet."""
         return [save.page for save in self._saves]
 
+    def num_saves_of(self, request: Request) -> int:
+        """Count a request's blocks that are queued and not written."""
+        return sum(save.request is request for save in self._saves)
+
     def attach(self, arena: BlockArena | None) -> None:
-        """Use another arena, or none; slots of the old one are void."""
+        """Use another arena, or none; slots and pins of the old one are void."""
         if self._arena is not None:
             self._arena.close()
         self._arena = arena
         self._slots.clear()
-        for lookup in self._lookups.values():
-            lookup.blocks = ()
+        self.lookups.void()
         if arena is None:
-            self.drop_saves()
+            while self._saves:
+                self._done(self._saves.popleft())
 
     def grant(self, slots: list[Slot]) -> None:
         """Take slots to write into."""
         if self._arena is not None:
             self._slots.extend(slots)
+
+    def next_deadline_s(self) -> float | None:
+        """When the earliest open lookup or save is given up, or None."""
+        deadlines = [self._saves[0].deadline_s] if self._saves else []
+        lookup_s = self.lookups.next_deadline_s()
+        return min([*deadlines, *([] if lookup_s is None else [lookup_s])], default=None)
 
     # -- saving ---------------------------------------------------------------------------
 
@@ -97,29 +102,36 @@ class KvExchange:
             self._queue(sequence, sequence.pages[block], keys[block], self._block_size, now_s)
         sequence.num_stored = max(sequence.num_stored, num_full)
 
-    def queue_tail(self, sequence: Sequence, key: bytes, now_s: float) -> None:
+    def queue_tail(self, sequence: Sequence, now_s: float) -> None:
         """Queue the partial last block of a prompt under its request-scoped key."""
         num_tokens = sequence.num_computed % self._block_size
         if self._arena is not None and num_tokens:
+            key = sequence.tail_key(self._block_size)
             self._queue(sequence, sequence.pages[-1], key, num_tokens, now_s, is_tail=True)
 
     def write_saves(self, now_s: float) -> list[SavedEvent]:
         """Write queued blocks while slots last; give up those that waited too long."""
         saved: dict[str, list[StoredBlock]] = {}
-        while self._arena is not None and self._saves and self._slots:
-            save = self._saves.popleft()
-            saved.setdefault(save.request.spec.request_id, []).append(
-                self._write(self._arena, save, self._slots.popleft())
-            )
-            self._done(save)
+        budget = max(1, SAVE_BYTES_PER_STEP // self._memory.page_bytes)
+        while self._arena is not None and self._saves and self._slots and budget > 0:
+            budget -= 1
+            block = self._write(self._arena, self._saves[0], self._slots.popleft())
+            if block is not None:
+                save = self._saves.popleft()
+                saved.setdefault(save.request.spec.request_id, []).append(block)
+                self._done(save)
         while self._saves and self._saves[0].deadline_s <= now_s:
             self._done(self._saves.popleft())
         return [SavedEvent(request_id, tuple(blocks)) for request_id, blocks in saved.items()]
 
-    def drop_saves(self) -> None:
-        """Give up all queued saves, to free their pages."""
-        while self._saves:
-            self._done(self._saves.popleft())
+    def reclaim(self) -> bool:
+        """Give up the oldest save that alone holds its page; False when there is none."""
+        for save in self._saves:
+            if self._pool.num_holders(save.page) == 1:
+                self._saves.remove(save)
+                self._done(save)
+                return True
+        return False
 
     def _queue(
         self,
@@ -139,9 +151,14 @@ class KvExchange:
         if len(self._saves) > self._pool.num_pages // 2:
             self._done(self._saves.popleft())
 
-    def _write(self, arena: BlockArena, save: _Save, slot: Slot) -> StoredBlock:
+    def _write(self, arena: BlockArena, save: _Save, slot: Slot) -> StoredBlock | None:
+        """Fill and seal a slot; None for one that is not in the arena."""
         length = self._memory.page_bytes
-        self._memory.read_page(save.page, arena.payload(slot.offset, length))
+        try:
+            payload = arena.payload(slot.offset, length)
+        except ValueError:
+            return None
+        self._memory.read_page(save.page, payload)
         checksum = arena.seal(
             slot.offset,
             generation=slot.generation,
@@ -159,37 +176,6 @@ class KvExchange:
 
     # -- loading --------------------------------------------------------------------------
 
-    def ask(
-        self, sequence: Sequence, keys: list[bytes], tail_key: bytes, now_s: float
-    ) -> LookupEvent | None:
-        """Ask the host for blocks of a waiting sequence; None when too many answers are open."""
-        if len(self._lookups) >= MAX_LOOKUPS:
-            return None
-        lookup_id, self._next_lookup = self._next_lookup, self._next_lookup + 1
-        self._lookups[lookup_id] = _Lookup(
-            sequence.id, tail_key, now_s + LOOKUP_TIMEOUT_S
-        )
-        sequence.has_looked_up = True
-        return LookupEvent(lookup_id, sequence.request.spec.request_id, tuple(keys), tail_key)
-
-    def answer(self, lookup_id: int, blocks: tuple[StoredBlock, ...]) -> list[LoadedEvent]:
-        """Take an answer; one that nobody waits for is handed straight back."""
-        lookup = self._lookups.get(lookup_id)
-        if lookup is None or lookup.blocks is not None:
-            return [LoadedEvent(lookup_id, (), 0, 0)] if blocks else []
-        lookup.blocks = blocks
-        return []
-
-    def is_waiting_for(self, sequence: Sequence, now_s: float) -> bool:
-        """Whether the store's answer for a sequence is still open and not overdue."""
-        found = self._find(sequence)
-        return found is not None and found[1].blocks is None and now_s < found[1].deadline_s
-
-    def found_blocks(self, sequence: Sequence) -> tuple[StoredBlock, ...]:
-        """Return the blocks the store has for a sequence."""
-        found = self._find(sequence)
-        return (found[1].blocks or ()) if found else ()
-
     def load(self, sequence: Sequence, num_local: int) -> tuple[int, list[LoadedEvent]]:
         """Copy found blocks behind the sequence's `num_local` own ones into new pages.
 
@@ -199,60 +185,39 @@ class KvExchange:
         Returns the tokens gained and the event that ends the pins. A block whose bytes are
         not what was written ends the loading; it is computed instead.
         """
-        found = self._find(sequence)
-        if found is None:
+        lookup = self.lookups.pop(sequence)
+        if lookup is None or not lookup.blocks:
             return 0, []
-        lookup_id, lookup = found
-        del self._lookups[lookup_id]
-        by_key = {block.key: block for block in lookup.blocks or ()}
+        assert lookup.id is not None, "answered before it was asked"
+        by_key = {block.key: block for block in lookup.blocks}
         gained, used, corrupt = 0, 0, []
-        limit = sequence.target if sequence.is_leader else sequence.target - 1
-        keys = sequence.block_keys(limit // self._block_size, self._block_size)
-        for key in [*keys[num_local:], lookup.tail_key]:
+        num_full, num_tail = divmod(sequence.max_cached, self._block_size)
+        wanted = [(k, self._block_size) for k in sequence.block_keys(num_full, self._block_size)]
+        wanted = [*wanted[num_local:], (lookup.tail_key, num_tail)]
+        for key, num_tokens in wanted:
             block = by_key.get(key)
-            if block is None or sequence.num_computed + block.num_tokens > limit:
+            page = self._pool.allocate() if block is not None and key else None
+            if block is None or page is None:
                 break
-            page = self._pool.allocate()
-            if page is None:
-                break
-            if not self._fill(page, block):
+            if block.num_tokens != num_tokens or not self._fill(page, block):
                 self._pool.free([page])
-                corrupt.append(block.key)
+                corrupt.append(key)
                 break
             sequence.pages.append(page)
-            sequence.num_computed += block.num_tokens
-            gained, used = gained + block.num_tokens, used + 1
-        if not lookup.blocks:
-            return 0, []
+            sequence.num_computed += num_tokens
+            gained, used = gained + num_tokens, used + 1
         num_bytes = used * self._memory.page_bytes
-        return gained, [LoadedEvent(lookup_id, tuple(corrupt), used, num_bytes)]
-
-    def forget(self, sequence: Sequence) -> list[LoadedEvent]:
-        """Give back the pins of a sequence that ended while waiting."""
-        found = self._find(sequence)
-        if found is None:
-            return []
-        del self._lookups[found[0]]
-        return [LoadedEvent(found[0], (), 0, 0)] if found[1].blocks else []
-
-    def next_deadline_s(self) -> float | None:
-        """When the earliest open lookup or save is given up, or None."""
-        deadlines = [x.deadline_s for x in self._lookups.values() if x.blocks is None]
-        deadlines += [self._saves[0].deadline_s] if self._saves else []
-        return min(deadlines, default=None)
-
-    def _find(self, sequence: Sequence) -> tuple[int, _Lookup] | None:
-        for lookup_id, lookup in self._lookups.items():
-            if lookup.sequence_id == sequence.id:
-                return lookup_id, lookup
-        return None
+        return gained, [LoadedEvent(lookup.id, tuple(corrupt), used, num_bytes)]
 
     def _fill(self, page: int, block: StoredBlock) -> bool:
         """Copy one block into a page; tell whether its bytes are what was written."""
         arena, length = self._arena, self._memory.page_bytes
         if arena is None:
             return False
-        self._memory.write_page(page, arena.payload(block.slot.offset, length))
+        try:
+            self._memory.write_page(page, arena.payload(block.slot.offset, length))
+        except ValueError:
+            return False
         # The copy is checked, not the slot: a writer may take the slot over at any time.
         return arena.check(
             block.slot.offset,

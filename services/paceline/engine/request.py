@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from paceline.domain.blocks import block_key
+from paceline.domain.blocks import block_key, tail_key
 from paceline.domain.request import FinishReason, GenerationSpec
 
 
@@ -28,8 +28,8 @@ class Phase(Enum):
 class Sequence:
     """One output of a request, or the leader that computes the prompt for several.
 
-        token_ids  [ prompt ............ | output ........ ]
-                   [0 .. num_computed) have KV in `pages`; the rest is still to compute
+    token_ids  [ prompt ............ | output ........ ]
+               [0 .. num_computed) have KV in `pages`; the rest is still to compute
     """
 
     id: int
@@ -47,6 +47,8 @@ class Sequence:
     """Leading blocks that need not be written to the KV store (any more)."""
     has_queued_tail: bool = False
     """Whether the prompt's partial last block was handed to the KV store (prefill only)."""
+    pending_copy: tuple[int, int] | None = None
+    """(source, destination) pages of a fork: copied with its first row; the source is held."""
     finish_reason: FinishReason | None = None
     has_looked_up: bool = False
     """Whether the KV store was asked since the sequence last started waiting."""
@@ -82,6 +84,16 @@ class Sequence:
         """Tokens still to compute up to the target."""
         return self.target - self.num_computed
 
+    @property
+    def max_cached(self) -> int:
+        """Tokens that may come from a cache: what is drawn from must be computed."""
+        return self.target if self.is_leader else self.target - 1
+
+    @property
+    def held_pages(self) -> list[int]:
+        """Pages it is a holder of."""
+        return [*self.pages, *(self.pending_copy[:1] if self.pending_copy else ())]
+
     def block_keys(self, num_blocks: int, block_size: int) -> list[bytes]:
         """Return the keys of the first `num_blocks` full blocks."""
         while len(self.keys) < num_blocks:
@@ -91,6 +103,17 @@ class Sequence:
                 block_key(self.request.key, parent, self.token_ids[start : start + block_size])
             )
         return self.keys[:num_blocks]
+
+    def tail_key(self, block_size: int) -> bytes:
+        """Return the key of the partial block in front of the last prompt token, or b""."""
+        last = self.num_prompt - 1
+        num_full = last // block_size
+        if last % block_size == 0:
+            return b""
+        keys = self.block_keys(num_full, block_size)
+        parent = keys[-1] if keys else self.request.root
+        tokens = self.token_ids[num_full * block_size : last]
+        return tail_key(self.request.key, parent, tokens, self.request.fleet_id)
 
 
 @dataclass(slots=True, eq=False)
@@ -121,6 +144,19 @@ class Request:
     def order(self) -> tuple[int, int]:
         """Sort key: who runs first."""
         return (-self.spec.priority, self.arrival)
+
+    @property
+    def open_indices(self) -> list[int]:
+        """Outputs that are not known to need no tokens."""
+        return [i for i in range(self.spec.n) if i not in self.finished_indices]
+
+    @property
+    def num_prompt_computed(self) -> int:
+        """Prompt tokens whose KV exists, by the furthest of its sequences."""
+        num_prompt = len(self.spec.prompt_token_ids)
+        if any(s.num_output > 0 for s in self.sequences):
+            return num_prompt
+        return min(num_prompt, max((s.num_computed for s in self.sequences), default=0))
 
     @property
     def is_finished(self) -> bool:

@@ -1,7 +1,8 @@
 """Turns a step plan into tensors, runs the model and draws tokens. Holds no queues.
 
 Shape legend: N tokens of the step, R rows, M rows that are drawn from, B blocks per row,
-P pages, L layers, H key/value heads, T tokens per block, D head size, V vocabulary.
+P pages, L layers, K key/value heads, T tokens per block, D head size, E hidden size,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import torch
 
 from paceline.engine.kernels import AttentionBatch
 from paceline.engine.models.decoder import DecoderModel
-from paceline.engine.sampling.sampler import RowSampling, SampleResult, sample
-from paceline.engine.step import Row, SampledToken, SampleSpec, StepPlan, StepResult
+from paceline.engine.sampling.sampler import sample
+from paceline.engine.step import Row, SampledToken, StepPlan, StepResult
 
 
 class Runner:
@@ -28,7 +29,7 @@ class Runner:
         self._block_size = block_size
         # Page-major: a page holds K and V of all layers in one run of bytes, so moving a block
         # to or from the KV store is one copy.
-        self._kv_PLKHTD = torch.zeros(
+        self._kv_PL2KTD = torch.zeros(
             num_pages,
             config.num_layers,
             2,
@@ -37,7 +38,7 @@ class Runner:
             config.head_dim,
             dtype=dtype,
         )
-        self._bytes_P = self._kv_PLKHTD.view(num_pages, -1).view(torch.uint8).numpy()
+        self._bytes_P = self._kv_PL2KTD.view(num_pages, -1).view(torch.uint8).numpy()
 
     @property
     def page_bytes(self) -> int:
@@ -60,26 +61,33 @@ class Runner:
     def run(self, plan: StepPlan) -> StepResult:
         """Copy pages, compute all rows in one pass, draw where the plan says so.
 
-        Raises:
-            InternalError: the model produced NaN.
+        Rows whose numbers are not finite are named in the result; they do not touch others.
         """
         started = time.perf_counter()
         for source, destination in plan.page_copies:
-            self._kv_PLKHTD[destination].copy_(self._kv_PLKHTD[source])
+            self._kv_PL2KTD[destination].copy_(self._kv_PL2KTD[source])
         sampled: list[SampledToken | None] = [None] * len(plan.rows)
+        failed: set[int] = set()
         if plan.rows:
-            logits_MV = self.logits(plan)
+            x_NE = self._residuals(plan)
+            failed |= _rows_with_nan(plan, x_NE)
             drawn = [i for i, row in enumerate(plan.rows) if row.sample is not None]
             if drawn:
-                specs = [plan.rows[i].sample for i in drawn]
-                result = sample(logits_MV, [_row_sampling(s) for s in specs if s is not None])
-                for i, token in zip(drawn, _tokens(result), strict=True):
+                logits_MV = self._model.logits(x_NE[_last_tokens(plan)])
+                specs = [row.sample for row in plan.rows if row.sample is not None]
+                for i, token in zip(drawn, sample(logits_MV, specs), strict=True):
                     sampled[i] = token
-        return StepResult(tuple(sampled), time.perf_counter() - started)
+                    if token is None:
+                        failed.add(i)
+        return StepResult(tuple(sampled), time.perf_counter() - started, frozenset(failed))
 
     @torch.inference_mode()
     def logits(self, plan: StepPlan) -> torch.Tensor:
         """Compute the plan's rows and return float32 logits of the rows to draw from, [M, V]."""
+        return self._model.logits(self._residuals(plan)[_last_tokens(plan)])
+
+    def _residuals(self, plan: StepPlan) -> torch.Tensor:
+        """Compute the plan's rows; return the last layer's residuals, [N, E]."""
         rows = plan.rows
         lengths_R = np.array([len(row.token_ids) for row in rows], dtype=np.int32)
         cu_q = np.zeros(len(rows) + 1, dtype=np.int32)
@@ -101,15 +109,27 @@ class Runner:
             max_q=int(lengths_R.max()),
             tree_mask=None,
         )
-        logit_rows_M = cu_q[1:][[row.sample is not None for row in rows]].astype(np.int64) - 1
         return self._model.forward(
             torch.from_numpy(tokens_N),
             torch.from_numpy(positions_N),
-            self._kv_PLKHTD,
+            self._kv_PL2KTD,
             torch.from_numpy(slots_N),
             attention,
-            torch.from_numpy(logit_rows_M),
         )
+
+
+def _last_tokens(plan: StepPlan) -> torch.Tensor:
+    """Return the step's positions of the tokens to draw behind, [M]."""
+    ends_R = np.cumsum([len(row.token_ids) for row in plan.rows])
+    return torch.from_numpy(ends_R[[row.sample is not None for row in plan.rows]] - 1)
+
+
+def _rows_with_nan(plan: StepPlan, x_NE: torch.Tensor) -> set[int]:
+    is_finite_N = x_NE.isfinite().all(dim=-1)
+    if bool(is_finite_N.all()):
+        return set()
+    per_row = is_finite_N.split([len(row.token_ids) for row in plan.rows])
+    return {i for i, is_finite in enumerate(per_row) if not bool(is_finite.all())}
 
 
 def _block_tables(rows: tuple[Row, ...]) -> np.ndarray:
@@ -118,21 +138,3 @@ def _block_tables(rows: tuple[Row, ...]) -> np.ndarray:
     for i, row in enumerate(rows):
         tables[i, : len(row.pages)] = row.pages
     return tables
-
-
-def _row_sampling(spec: SampleSpec) -> RowSampling:
-    return RowSampling(
-        params=spec.sampling,
-        stream=spec.stream,
-        position=spec.position,
-        num_logprobs=spec.num_logprobs,
-        prompt_token_ids=spec.prompt_token_ids,
-        output_token_ids=spec.output_token_ids,
-    )
-
-
-def _tokens(result: SampleResult) -> list[SampledToken]:
-    return [
-        SampledToken(token, logprobs)
-        for token, logprobs in zip(result.token_ids, result.logprobs, strict=True)
-    ]

@@ -3,16 +3,22 @@
 Order is (priority, arrival). Each step takes every running decode row, then prompt chunks
 while the step's token budget lasts. Pages are taken as tokens need them; when the pool is
 dry, the last sequence in order gives its pages back and waits again: its full blocks stay
-findable in the pool and in the KV store, so that little is computed twice.
-engine.py calls this file and performs what it decides.
+findable in the pool and in the KV store, so that little is computed twice. A waiting sequence
+displaces running ones of lower priority, never of its own.
+engine.py and admission.py call this file and perform what it decides.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from paceline.domain.request import FinishReason
 from paceline.engine.blocks import BlockPool
+from paceline.engine.integrity import check_queues
 from paceline.engine.request import Phase, Request, Sequence
-from paceline.engine.step import Row, SampleSpec, StepPlan, StepResult
+from paceline.engine.step import Row, SampledToken, SampleSpec, StepPlan, StepResult
+
+_Chosen = dict[int, tuple[Sequence, int]]
 
 
 class Scheduler:
@@ -37,7 +43,6 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.num_preemptions = 0
-        self._page_copies: list[tuple[int, int]] = []
 
     # -- queues ---------------------------------------------------------------------------
 
@@ -56,20 +61,16 @@ class Scheduler:
         sequence.phase = Phase.FINISHED
         sequence.finish_reason = reason
 
-    def can_admit(self) -> bool:
-        """Whether another sequence may start running."""
-        return len(self.running) < self.max_num_seqs
+    def num_startable(self, sequence: Sequence) -> int:
+        """Sequences like this one that could start now, pages aside."""
+        priority = sequence.request.spec.priority
+        num_staying = sum(s.request.spec.priority >= priority for s in self.running)
+        return self.max_num_seqs - num_staying
 
     def match_prefix(self, sequence: Sequence) -> int:
-        """Take shared pages for the leading blocks the pool knows; return how many.
-
-        At least one token stays to be computed, except for a leader, whose target ends
-        before the token that is drawn from.
-        """
+        """Take shared pages for the leading blocks the pool knows; return how many."""
         assert not sequence.pages
-        limit = sequence.target if sequence.is_leader else sequence.target - 1
-        keys = sequence.block_keys(limit // self.block_size, self.block_size)
-        for key in keys:
+        for key in sequence.block_keys(sequence.max_cached // self.block_size, self.block_size):
             page = self.pool.find(key)
             if page is None:
                 break
@@ -78,14 +79,27 @@ class Scheduler:
         sequence.num_registered = len(sequence.pages)
         return len(sequence.pages)
 
-    def has_room(self, sequence: Sequence) -> bool:
-        """Whether the pages that a sequence will need for its target are there now.
+    def make_room(self, sequence: Sequence) -> bool:
+        """Tell whether a matched sequence can start now; lower priorities give way if need be.
 
         One page per running sequence stays in reserve, so that a newcomer does not force a
         preemption with its first decode steps; an idle engine admits anything.
         """
         needed = self._num_blocks(sequence.target) - len(sequence.pages)
-        return not self.running or self.pool.num_available >= needed + len(self.running)
+        available, num_running = self.pool.num_available, len(self.running)
+        victims: list[Sequence] = []
+        for victim in [*reversed(self.running), None]:
+            has_room = not num_running or available >= needed + num_running
+            if num_running < self.max_num_seqs and has_room:
+                break
+            if victim is None or victim.request.spec.priority >= sequence.request.spec.priority:
+                return False
+            victims.append(victim)
+            available += self.pool.num_exclusive(victim.held_pages)
+            num_running -= 1
+        for victim in victims:
+            self._preempt(victim)
+        return True
 
     def start(self, sequence: Sequence) -> None:
         """Move a waiting sequence to the running ones."""
@@ -105,16 +119,14 @@ class Scheduler:
     def fork(self, leader: Sequence, siblings: list[Sequence]) -> None:
         """Let siblings share the leader's prompt pages; a partial last page is copied.
 
-            pages  [full | full | full | partial]
-                    shared by all........  own copy each
+        pages  [full | full | full | partial]
+                shared by all.....   own copy each, made with the sibling's first row
         """
-        num_full = leader.num_computed // self.block_size
+        num_full, has_partial = divmod(leader.num_computed, self.block_size)
         for sibling in siblings:
-            copy = self.pool.allocate() if leader.num_computed % self.block_size else None
-            is_stuck = leader.num_computed % self.block_size and copy is None
-            if is_stuck or not self.can_admit():
-                if copy is not None:
-                    self.pool.free([copy])
+            copy = self.pool.allocate() if has_partial else None
+            if (has_partial and copy is None) or len(self.running) >= self.max_num_seqs:
+                self.pool.free([] if copy is None else [copy])
                 self.add(sibling)
                 continue
             sibling.pages = [self.pool.share(page) for page in leader.pages[:num_full]]
@@ -123,7 +135,7 @@ class Scheduler:
             sibling.num_stored = leader.num_stored
             sibling.num_computed = leader.num_computed
             if copy is not None:
-                self._page_copies.append((leader.pages[num_full], copy))
+                sibling.pending_copy = (self.pool.share(leader.pages[num_full]), copy)
                 sibling.pages.append(copy)
             sibling.phase = Phase.RUNNING
             self.running.append(sibling)
@@ -131,47 +143,62 @@ class Scheduler:
 
     # -- one step -------------------------------------------------------------------------
 
-    def plan(self) -> StepPlan | None:
-        """Choose the rows of the next step, or None when nothing can run."""
-        chosen: dict[int, tuple[Sequence, int]] = {}
-        budget = self.step_tokens
+    def plan(self, reclaim: Callable[[], bool]) -> StepPlan | None:
+        """Choose the rows of the next step, or None when nothing can run.
+
+        `reclaim` is called when the pool is dry, before anybody is preempted: it gives a page
+        back that no sequence needs, or returns False.
+        """
+        chosen: _Chosen = {}
         decoding = [s for s in self.running if s.num_remaining == 1]
         computing = [s for s in self.running if s.num_remaining > 1]
-        for sequence in [*decoding, *computing]:
-            if sequence.phase is not Phase.RUNNING or budget <= 0:
-                continue
-            count = min(sequence.num_remaining, budget)
-            count = self._take_pages(sequence, count, chosen)
-            if count > 0:
-                chosen[sequence.id] = (sequence, count)
-                budget -= count
-        copies, self._page_copies = tuple(self._page_copies), []
-        if not chosen and not copies:
+        for sequence in decoding:
+            self._choose(sequence, 1, chosen, reclaim)
+        # Prompts go on, if slowly, however many rows decode.
+        least = min(self.block_size, self.step_tokens)
+        budget = max(self.step_tokens - len(chosen), least)
+        for sequence in computing:
+            if budget > 0:
+                budget -= self._choose(sequence, budget, chosen, reclaim)
+        if not chosen:
             return None
-        return StepPlan(tuple(self._row(s, n) for s, n in chosen.values()), copies)
+        copies = [s.pending_copy for s, _ in chosen.values() if s.pending_copy is not None]
+        return StepPlan(tuple(self._row(s, n) for s, n in chosen.values()), tuple(copies))
 
     def commit(
         self, plan: StepPlan, result: StepResult
-    ) -> list[tuple[Sequence, int | None]]:
-        """Book a step: advance the rows' sequences; return each with its new token, if any."""
+    ) -> tuple[list[tuple[Sequence, SampledToken | None]], list[Sequence]]:
+        """Book a step: return who advanced, with the token drawn if any, and who failed.
+
+        Failed sequences stay as they were before the step; the caller ends them.
+        """
         by_id = {s.id: s for s in self.running}
-        advanced: list[tuple[Sequence, int | None]] = []
-        for row, sampled in zip(plan.rows, result.sampled, strict=True):
+        advanced: list[tuple[Sequence, SampledToken | None]] = []
+        failed: list[Sequence] = []
+        for i, (row, sampled) in enumerate(zip(plan.rows, result.sampled, strict=True)):
             sequence = by_id[row.sequence_id]
+            if i in result.failed_rows:
+                failed.append(sequence)
+                continue
+            if sequence.pending_copy is not None:
+                self.pool.free(sequence.pending_copy[:1])
+                sequence.pending_copy = None
             sequence.num_computed += len(row.token_ids)
             self._register_full_blocks(sequence)
             if sampled is not None:
                 sequence.token_ids.append(sampled.token_id)
-            advanced.append((sequence, None if sampled is None else sampled.token_id))
-        return advanced
+            advanced.append((sequence, sampled))
+        return advanced, failed
 
     def finish_reason(self, sequence: Sequence) -> FinishReason | None:
-        """Tell whether the sequence ends with the token it just got."""
-        spec, token = sequence.request.spec, sequence.token_ids[-1]
-        if token in spec.stop_token_ids:
-            return FinishReason.STOP
-        if token in self.eos_token_ids and not spec.ignore_eos:
-            return FinishReason.STOP
+        """Tell whether the sequence ends with the tokens it has."""
+        spec = sequence.request.spec
+        if sequence.num_output > 0:
+            token = sequence.token_ids[-1]
+            if token in spec.stop_token_ids:
+                return FinishReason.STOP
+            if token in self.eos_token_ids and not spec.ignore_eos:
+                return FinishReason.STOP
         if sequence.num_output >= spec.max_tokens:
             return FinishReason.LENGTH
         if len(sequence.token_ids) >= self.max_context_tokens:
@@ -181,48 +208,58 @@ class Scheduler:
     def check_integrity(self, held_elsewhere: list[int]) -> list[str]:
         """Check pages against the pool's books and sequences against their queues."""
         sequences = [*self.waiting, *self.running]
-        held = [page for s in sequences for page in s.pages] + held_elsewhere
+        held = [page for s in sequences for page in s.held_pages] + held_elsewhere
         problems = self.pool.check_integrity(held)
-        for s in self.running:
-            if s.phase is not Phase.RUNNING or s.num_computed > len(s.pages) * self.block_size:
-                problems.append(f"sequence {s.id}: {s.phase}, {s.num_computed} computed")
-        problems += [f"sequence {s.id} waits with pages" for s in self.waiting if s.pages]
+        problems += check_queues(self.waiting, self.running, self.pool, self.block_size)
+        if [*map(_order, self.running)] != sorted(map(_order, self.running)):
+            problems.append("running sequences out of order")
+        if [*map(_order, self.waiting)] != sorted(map(_order, self.waiting)):
+            problems.append("waiting sequences out of order")
+        if len(self.running) > self.max_num_seqs:
+            problems.append(f"{len(self.running)} sequences run, {self.max_num_seqs} may")
         return problems
 
     # -- pages ----------------------------------------------------------------------------
 
-    def _take_pages(
-        self, sequence: Sequence, count: int, chosen: dict[int, tuple[Sequence, int]]
+    def _choose(
+        self, sequence: Sequence, budget: int, chosen: _Chosen, reclaim: Callable[[], bool]
     ) -> int:
-        """Give a sequence pages for `count` more tokens; return for how many there were."""
+        """Put a sequence into the step with as many tokens as there is room for; return those."""
+        if sequence.phase is not Phase.RUNNING:
+            return 0
+        count = min(sequence.num_remaining, budget)
         while len(sequence.pages) < self._num_blocks(sequence.num_computed + count):
             page = self.pool.allocate()
             if page is not None:
                 sequence.pages.append(page)
-            elif not self._preempt_after(sequence, chosen):
-                return max(0, len(sequence.pages) * self.block_size - sequence.num_computed)
+            elif not reclaim() and not self._preempt_after(sequence, chosen):
+                count = max(0, len(sequence.pages) * self.block_size - sequence.num_computed)
+                break
+        if count > 0:
+            chosen[sequence.id] = (sequence, count)
         return count
 
-    def _preempt_after(
-        self, sequence: Sequence, chosen: dict[int, tuple[Sequence, int]]
-    ) -> bool:
+    def _preempt_after(self, sequence: Sequence, chosen: _Chosen) -> bool:
         """Preempt the last running sequence in order if it comes after `sequence`."""
         victim = self.running[-1]
         if victim is sequence:
             return False
         chosen.pop(victim.id, None)
-        self._page_copies = [c for c in self._page_copies if c[1] not in victim.pages]
+        self._preempt(victim)
+        return True
+
+    def _preempt(self, victim: Sequence) -> None:
         self.num_preemptions += 1
         self._remove(victim)
         self._release_pages(victim)
         victim.has_looked_up = False
         self.add(victim)
-        return True
 
     def _release_pages(self, sequence: Sequence) -> None:
         # Last pages first: a chain is only useful from its head, so its end is reclaimed first.
-        self.pool.free(reversed(sequence.pages))
+        self.pool.free(reversed(sequence.held_pages))
         sequence.pages = []
+        sequence.pending_copy = None
         sequence.num_computed = 0
         sequence.num_registered = 0
         sequence.num_stored = 0

@@ -31,7 +31,7 @@ class SampleSpec:
 class Row:
     """A run of tokens of one sequence, computed in this step.
 
-        [0 ........ start) in KV already   [start ... start+len(token_ids)) computed now
+    [0 ........ start) in KV already   [start ... start+len(token_ids)) computed now
     """
 
     sequence_id: int
@@ -48,7 +48,7 @@ class StepPlan:
 
     rows: tuple[Row, ...]
     page_copies: tuple[tuple[int, int], ...] = ()
-    """(source, destination) pages."""
+    """(source, destination) pages; each destination belongs to one of the rows."""
 
     @property
     def num_tokens(self) -> int:
@@ -70,3 +70,5 @@ class StepResult:
 
     sampled: tuple[SampledToken | None, ...]
     elapsed_s: float
+    failed_rows: frozenset[int] = frozenset()
+    """Positions of rows whose numbers are not finite; what they computed must not be used."""

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.checkpoints import ARCHITECTURES, DEMO, random_checkpoint
-from tests.unit.engine.memory_arena import MemoryArena, run_until_idle, tokens_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from paceline.domain.request import GenerationSpec, SamplingParams
 from paceline.engine.build import build_engine
 from paceline.engine.engine import Engine
 from paceline.engine.options import EngineOptions
+from tests.checkpoints import ARCHITECTURES, DEMO, random_checkpoint
+from tests.unit.engine.memory_arena import MemoryArena, run_until_idle, tokens_of
 
 GREEDY = SamplingParams(temperature=0.0)
 TIE = 1e-4
@@ -139,9 +139,7 @@ def test_kv_of_another_engine_continues_the_request(checkpoints: dict[str, Path]
     prefill.attach_arena(arena)
     decode.attach_arena(arena)
     for i, prompt in enumerate(random_prompts(8, seed=7, low=1, high=100)):
-        spec = GenerationSpec(
-            str(i), prompt, sampling=GREEDY, max_tokens=12, ignore_eos=True
-        )
+        spec = GenerationSpec(str(i), prompt, sampling=GREEDY, max_tokens=12, ignore_eos=True)
         prefill.submit(spec, is_prefill_only=True)
         run_until_idle(prefill, arena)
         decode.submit(spec)
@@ -174,9 +172,7 @@ def test_resumed_output_goes_on_where_it_was(checkpoints: dict[str, Path]) -> No
     engine = engine_for(directory)
     prompt = random_prompts(1, seed=9, low=40, high=40)[0]
     sampling = SamplingParams(temperature=1.0, seed=11)
-    spec = GenerationSpec(
-        "whole", prompt, sampling=sampling, max_tokens=20, n=2, ignore_eos=True
-    )
+    spec = GenerationSpec("whole", prompt, sampling=sampling, max_tokens=20, n=2, ignore_eos=True)
     engine.submit(spec)
     whole = run_until_idle(engine)["whole"]
     resumed = {0: tuple(tokens_of(whole, 0)[:7]), 1: tuple(tokens_of(whole, 1)[:13])}
@@ -212,5 +208,3 @@ def test_cancelled_requests_leave_no_page_behind(checkpoints: dict[str, Path]) -
     run_until_idle(engine)
     assert engine.check_integrity() == []
     assert engine.load().free_blocks == 64
-
-

@@ -15,6 +15,9 @@ from paceline.engine import kernels
 from paceline.engine.kernels import AttentionBatch
 from paceline.engine.models.config import ModelConfig, UnsupportedModelError, rope_table
 
+_SERVED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Plain numbers; narrower ones need scales that only their format knows."""
+
 
 @dataclass(slots=True)
 class _Layer:
@@ -44,7 +47,13 @@ class DecoderModel:
         *,
         dtype: torch.dtype,
         device: str,
+        max_context_tokens: int | None = None,
     ) -> None:
+        """Take over the weights; fewer positions than the model's own save memory.
+
+        Raises:
+            UnsupportedModelError: a tensor is missing, unknown, or of another shape or kind.
+        """
         self.config = config
         store = _Weights(weights, dtype, device)
         size = (config.vocab_size, config.hidden_size)
@@ -57,7 +66,8 @@ class DecoderModel:
         else:
             self._head_VE = store.take("lm_head.weight", size)
         store.check_empty()
-        self._cos_sin_C2D = rope_table(config).to(device)
+        num_positions = max_context_tokens or config.max_context_tokens
+        self._cos_sin_C2D = rope_table(config, num_positions).to(device)
 
     def forward(
         self,
@@ -66,9 +76,12 @@ class DecoderModel:
         kv_PL2KTD: torch.Tensor,
         slots_N: torch.Tensor,
         attention: AttentionBatch,
-        logit_rows_M: torch.Tensor,
     ) -> torch.Tensor:
-        """Compute all tokens, store their KV, return float32 logits of some rows, [M, V]."""
+        """Compute all tokens, store their KV, return the last layer's residuals, [N, E].
+
+        A residual that is finite vouches for the KV stored with it: whatever a token stores
+        also enters its own attention.
+        """
         config = self.config
         x_NE = self._embedding_VE[tokens_N]
         for index, layer in enumerate(self._layers):
@@ -80,8 +93,12 @@ class DecoderModel:
             h_NE = kernels.rms_norm(x_NE, layer.post_norm, config.rms_norm_eps)
             gate_up = kernels.linear(h_NE, layer.gate_up, layer.gate_up_bias)
             x_NE = x_NE + kernels.linear(kernels.silu_mul(gate_up), layer.down, layer.down_bias)
-        x_ME = kernels.rms_norm(x_NE[logit_rows_M], self._norm_E, config.rms_norm_eps)
-        return kernels.linear(x_ME, self._head_VE).float()
+        return x_NE
+
+    def logits(self, x_ME: torch.Tensor) -> torch.Tensor:
+        """Return float32 logits of residuals, [M, V]."""
+        h_ME = kernels.rms_norm(x_ME, self._norm_E, self.config.rms_norm_eps)
+        return kernels.linear(h_ME, self._head_VE).float()
 
     def _attend(
         self,
@@ -103,19 +120,25 @@ class DecoderModel:
             k_NKD = kernels.rms_norm(k_NKD, layer.k_norm, config.rms_norm_eps)
         q_NHD, k_NKD = kernels.rotary(q_NHD, k_NKD, self._cos_sin_C2D, positions_N)
         kernels.write_kv(k_NKD, v.unflatten(-1, (kv_heads, size)), kv_P2KTD, slots_N)
-        out_NHD = kernels.paged_attention(
-            q_NHD, kv_P2KTD, attention, size**-0.5, window=window
-        )
+        out_NHD = kernels.paged_attention(q_NHD, kv_P2KTD, attention, size**-0.5, window=window)
         return kernels.linear(out_NHD.flatten(1), layer.o, layer.o_bias)
 
 
 class _Weights:
-    """Hands out a checkpoint's tensors once each, checked and cast."""
+    """Hands out a checkpoint's tensors once each, checked and cast.
+
+    The tensors are views of the mapped files, so nothing is read before it is taken, and what
+    needs neither cast nor fusion stays the file's own memory.
+    """
 
     def __init__(
         self, weights: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, device: str
     ) -> None:
-        self._tensors = dict(weights)
+        self._tensors: dict[str, torch.Tensor] = {}
+        for name, tensor in weights:
+            if name in self._tensors:
+                raise UnsupportedModelError(f"tensor {name} is in the checkpoint twice")
+            self._tensors[name] = tensor
         self._dtype = dtype
         self._device = device
 
@@ -123,19 +146,26 @@ class _Weights:
         """Remove and return a tensor.
 
         Raises:
-            UnsupportedModelError: it is missing or has another shape.
+            UnsupportedModelError: it is missing, quantised, or has another shape.
         """
+        return self._pop(name, shape).to(self._device, self._dtype)
+
+    def fuse(self, names: list[str], sizes: list[int], *tail: int) -> torch.Tensor:
+        """Remove several tensors and return them joined along their first dimension."""
+        fused = torch.empty(sum(sizes), *tail, dtype=self._dtype, device=self._device)
+        for name, part in zip(names, fused.split(sizes), strict=True):
+            part.copy_(self._pop(name, tuple(part.shape)))
+        return fused
+
+    def _pop(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         tensor = self._tensors.pop(name, None)
         if tensor is None:
             raise UnsupportedModelError(f"tensor {name} is missing from the checkpoint")
         if tuple(tensor.shape) != shape:
             raise UnsupportedModelError(f"tensor {name}: {tuple(tensor.shape)}, expected {shape}")
-        return tensor.to(self._device, self._dtype)
-
-    def fuse(self, names: list[str], sizes: list[int], *tail: int) -> torch.Tensor:
-        """Remove several tensors and return them joined along their first dimension."""
-        parts = [self.take(n, (s, *tail)) for n, s in zip(names, sizes, strict=True)]
-        return torch.cat(parts)
+        if tensor.dtype not in _SERVED_DTYPES:
+            raise UnsupportedModelError(f"tensor {name}: {tensor.dtype} is not supported")
+        return tensor
 
     def drop(self, name: str) -> None:
         """Ignore a tensor."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from blake3 import blake3
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from paceline.engine.models.config import UnsupportedModelError
 
@@ -20,7 +20,7 @@ _INDEX = "model.safetensors.index.json"
 
 
 def load_tensors(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every tensor of a checkpoint by name, mapped from disk where possible.
+    """Yield every tensor of a checkpoint by name, as a view of its mapped file.
 
     Raises:
         UnsupportedModelError: no safetensors, or a damaged file.
@@ -30,9 +30,7 @@ def load_tensors(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 - not a mapping
                     yield name, file.get_tensor(name)
-        except Exception as error:  # safetensors raises its own base Exception types
-            if isinstance(error, UnsupportedModelError):
-                raise
+        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
             raise UnsupportedModelError(f"{path.name}: {error}") from error
 
 
@@ -45,11 +43,11 @@ def weight_files(directory: Path) -> list[Path]:
     index = directory / _INDEX
     if index.exists():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise UnsupportedModelError(f"{_INDEX}: not a weight index") from error
         for name in names:
-            if Path(name).name != name:
+            if not isinstance(name, str) or Path(name).name != name:
                 raise UnsupportedModelError(f"{_INDEX}: {name!r} leaves the directory")
     else:
         names = [_SINGLE]
