@@ -45,7 +45,7 @@ from tests.e2e.probe import fleet_metric, until_at_rest
 from tests.platform import Platform
 
 BLOCK = 16
-MAX_TOKENS = 24
+MAX_TOKENS = 20
 EOS = 1
 
 MATHS = (
@@ -112,13 +112,15 @@ def cases() -> list[Case]:
     """Return 50 prompts without a common block, in a mixed order that is always the same."""
     corpus = encode(DEMO, "\n\n".join([*MATHS, *CODE, *DOCS]))
     made = [chat_case(text) for text in (*MATHS, *DOCS)]
-    made += [chat_case(MATHS[1], "There are 86 free seats.", MATHS[2])]
+    made += [chat_case("How many seats has the bus?", "It has 86 seats.", MATHS[1])]
     made += [chat_case(CODE[0], CODE[1], DOCS[2], DOCS[3], "Go on.")]
     made += [text_case(text) for text in (*CODE, *DOCS)]
     made += [text_case("".join(CODE)[50:]), text_case(" ".join(DOCS)[50:])]
     for number, length in enumerate((*LENGTHS, *LONG_LENGTHS)):
-        start = 5 + number * 23
-        made.append(ids_case([*corpus[start:], *corpus][:length]))
+        text = [*corpus[number * 21 :], *corpus, *corpus]
+        made.append(ids_case([2000 + number, *text][:length]))
+    heads = [case.prompt_ids[:BLOCK] for case in made if len(case.prompt_ids) > BLOCK]
+    assert len(set(heads)) == len(heads)
     assert len(made) == 50
     random.Random(1).shuffle(made)
     return made
@@ -161,13 +163,19 @@ async def ask_in_rounds(platform: Platform, rounds: Iterable[tuple[int, int]]) -
 
 @pytest.fixture(scope="module")
 def runs(demo_platform: Platform) -> Runs:
+    def moved_blocks() -> tuple[float, float]:
+        return (
+            fleet_metric(demo_platform, "paceline_kv_loaded_blocks_total", "decode"),
+            fleet_metric(demo_platform, "paceline_kv_node_pulled_blocks_total", "kvstore"),
+        )
+
+    before = moved_blocks()
     first = asyncio.run(ask_in_rounds(demo_platform, ROUNDS))
-    loaded = fleet_metric(demo_platform, "paceline_kv_loaded_blocks_total", "decode")
-    pulled = fleet_metric(demo_platform, "paceline_kv_node_pulled_blocks_total", "kvstore")
     until_at_rest(demo_platform)
+    after = moved_blocks()
     # The other way round, so that prompts meet other company.
     second = asyncio.run(ask_in_rounds(demo_platform, ROUNDS[::-1]))
-    return Runs(first, second, loaded, pulled)
+    return Runs(first, second, after[0] - before[0], after[1] - before[1])
 
 
 def is_split(answer: Answer) -> bool:
@@ -202,7 +210,7 @@ def test_greedy_ids_equal_the_reference(runs: Runs) -> None:
 
 
 def test_greedy_ids_are_what_transformers_generates(runs: Runs) -> None:
-    for case, answer in list(zip(cases(), runs.first, strict=True))[:5]:
+    for case, answer in list(zip(cases(), runs.first, strict=True))[:4]:
         if assert_greedy(DEMO, case.prompt_ids, answer.ids[0]) == 0:
             ids = reference_ids(DEMO, case.prompt_ids, MAX_TOKENS)
             assert answer.ids[0] == ids
@@ -229,7 +237,7 @@ def test_most_prompts_are_computed_by_one_worker_and_continued_by_another(
     runs: Runs, demo_platform: Platform
 ) -> None:
     split = [len(c.prompt_ids) for c, a in zip(cases(), runs.first, strict=True) if is_split(a)]
-    assert len(split) >= 30, f"{len(split)} of 50"
+    assert len(split) >= 25, f"{len(split)} of 50"
     handed_over = sum(map(num_blocks, split))
     # One whose answer is late is computed again instead.
     assert runs.num_loaded_blocks >= 0.8 * handed_over
@@ -322,7 +330,9 @@ async def test_every_architecture_equals_the_reference(tmp_path: Path, architect
     requests = [greedy(p, max_tokens=max_tokens, ignore_eos=True) for p in prompts]
     flags = ("--model", str(directory), "--prefill", "1", "--decode", "1", *ENGINES[architecture])
     with Platform(tmp_path, *flags, env=WHOLE_WAY) as platform:
-        answers = await ask_all(platform, requests, 10)
+        # One at a time, which routing splits, and many at a time, which it may not.
+        answers = await ask_all(platform, requests[:5], 1)
+        answers += await ask_all(platform, requests[5:], 5)
         assert fleet_metric(platform, "paceline_kv_loaded_blocks_total", "decode") > 0
         preemptions = fleet_metric(platform, "paceline_engine_preemptions_total", "decode")
         until_at_rest(platform)
@@ -331,5 +341,5 @@ async def test_every_architecture_equals_the_reference(tmp_path: Path, architect
         assert len(answer.ids[0]) == max_tokens
         ties += assert_greedy(directory, prompt, answer.ids[0])
     assert ties <= 1
-    assert sum(map(is_split, answers)) >= 5
+    assert sum(map(is_split, answers)) >= 3
     assert (preemptions > 0) == is_tiny

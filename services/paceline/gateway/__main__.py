@@ -46,7 +46,7 @@ async def serve(settings: GatewaySettings) -> int:
     tokenizer = ModelTokenizer(settings.model)
     authenticator = Authenticator.from_file(settings.api_keys)
     membership = Membership(settings.redis_url, settings.fleet)
-    fleet = FleetView(membership, settings.model_name, lambda up: None)
+    fleet = FleetView(membership, settings.model_name, metrics.redis_up.set)
     index = BlockIndex(settings.redis_url, settings.fleet)
     tokenise = TokeniseStep(tokenizer, settings.default_max_tokens, lambda: secrets.randbits(64))
     lookup = LookupStep(index)
@@ -54,9 +54,8 @@ async def serve(settings: GatewaySettings) -> int:
     pipeline = Pipeline(settings, fleet, tokenizer, tokenise, lookup, route, metrics)
 
     servicer = InferenceServicer(pipeline, tokenise, fleet, authenticator, settings)
-    http = HttpServer(
-        create_app(fleet, pipeline.admission, metrics), settings.host, settings.http_port
-    )
+    app = create_app(fleet, pipeline.admission, metrics, stop.is_set)
+    http = HttpServer(app, settings.host, settings.http_port)
     server = create_server(
         metrics,
         [SERVICE_NAME],

@@ -1,6 +1,6 @@
 """Who may call: API keys from a file, looked up by digest.
 
-The file maps keys to tenants:
+The file maps keys to tenants; each key stands there once:
 
     {"the-key": {"tenant": "acme", "models": ["demo"], "expires": "2027-01-31T00:00:00+00:00"}}
 
@@ -11,6 +11,7 @@ name, `expires` (optional) is when the key ends. Without a file everybody is the
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,6 +23,8 @@ from paceline.domain.errors import PermissionDeniedError, UnauthenticatedError
 
 _KNOWN_FIELDS = {"tenant", "models", "expires"}
 _SCHEME = "bearer "
+_DIGEST_PREFIX = "sha256:"
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +63,17 @@ class Authenticator:
         """
         if path is None:
             return cls(None)
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(data, dict) or not data:
+        entries = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_Pairs)
+        if not isinstance(entries, _Pairs) or not entries:
             raise ValueError(f"{path}: not a JSON object of keys")
-        entries = enumerate(data.items(), start=1)
-        return cls({_digest(key): _tenant(f"{path}: entry {n}", v) for n, (key, v) in entries})
+        tenants: dict[str, Tenant] = {}
+        for number, (key, value) in enumerate(entries, start=1):
+            where = f"{path}: entry {number}"
+            digest = _digest(where, key)
+            if digest in tenants:
+                raise ValueError(f"{where}: has the key of an earlier entry")
+            tenants[digest] = _tenant(where, value)
+        return cls(tenants)
 
     def tenant(self, metadata: Iterable[tuple[str, Any]]) -> Tenant:
         """Return the tenant of a call by its `authorization: Bearer KEY` metadata.
@@ -81,25 +90,48 @@ class Authenticator:
         is_expired = tenant is not None and (
             tenant.expires is not None and tenant.expires <= datetime.now(UTC)
         )
-        if tenant is None or is_expired:
+        if tenant is None or is_expired or not key:
             raise UnauthenticatedError("a valid API key is needed: authorization: Bearer KEY")
         return tenant
 
 
-def _digest(key: str) -> str:
-    prefix, _, digest = key.partition(":")
-    return digest.lower() if prefix == "sha256" else sha256(key.encode()).hexdigest()
+class _Pairs(list[tuple[str, Any]]):
+    """A JSON object as it is written, with all of a key's occurrences."""
+
+
+def _digest(where: str, key: str) -> str:
+    if not key.startswith(_DIGEST_PREFIX):
+        if not key:
+            raise ValueError(f"{where}: the key is empty")
+        return sha256(key.encode(errors="replace")).hexdigest()
+    digest = key.removeprefix(_DIGEST_PREFIX).lower()
+    if not _DIGEST.fullmatch(digest):
+        raise ValueError(f"{where}: sha256: needs 64 hexadecimal digits")
+    return digest
 
 
 def _tenant(where: str, value: Any) -> Tenant:
-    if not isinstance(value, dict) or not isinstance(value.get("tenant"), str):
+    fields = dict(value) if isinstance(value, _Pairs) else {}
+    name, models, expires = (fields.get(field) for field in ("tenant", "models", "expires"))
+    if not isinstance(name, str) or not name.isprintable():
         raise ValueError(f"{where}: needs a tenant name")
-    if unknown := value.keys() - _KNOWN_FIELDS:
+    if unknown := fields.keys() - _KNOWN_FIELDS:
         raise ValueError(f"{where}: unknown {', '.join(sorted(unknown))}")
-    models, expires = value.get("models"), value.get("expires")
-    if models is not None and not all(isinstance(m, str) for m in models):
+    if models is not None and not (
+        type(models) is list and all(isinstance(model, str) for model in models)
+    ):
         raise ValueError(f"{where}: models is not a list of names")
-    moment = None if expires is None else datetime.fromisoformat(expires)
-    if moment is not None and moment.tzinfo is None:
+    allowed = None if models is None else frozenset(models)
+    return Tenant(name, allowed, _moment(where, expires))
+
+
+def _moment(where: str, text: Any) -> datetime | None:
+    if text is None:
+        return None
+    try:
+        moment = datetime.fromisoformat(text)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: expires is no date and time") from error
+    if moment.tzinfo is None:
         raise ValueError(f"{where}: expires needs a time zone")
-    return Tenant(value["tenant"], None if models is None else frozenset(models), moment)
+    return moment

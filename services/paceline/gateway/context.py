@@ -48,6 +48,8 @@ class RequestContext:
     """route: None lets the decode worker compute the prompt"""
     decode_worker: Member | None = None
     """route"""
+    predicted_ttft_s: float = 0.0
+    """route: of the chosen workers"""
     cached_tokens: int = 0
     """prefill, decode: prompt tokens that nobody had to compute"""
     computed_by: str = ""
@@ -64,6 +66,15 @@ class RequestContext:
     def num_output_tokens(self) -> int:
         """Tokens the client has."""
         return sum(len(o.token_ids) for o in self.outputs)
+
+    @property
+    def longest_output(self) -> int:
+        """Tokens of the output that has most."""
+        return max((len(o.token_ids) for o in self.outputs), default=0)
+
+    def note_cached(self, num_tokens: int) -> None:
+        """Fill `cached_tokens` with what a worker reports."""
+        self.cached_tokens = min(num_tokens, len(self.tokens().prompt_token_ids))
 
     def card(self) -> ModelCard:
         """Return the model, known behind the validate step."""

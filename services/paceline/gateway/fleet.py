@@ -1,32 +1,42 @@
-"""What the gateway knows of the workers: members, channels, who is suspect, own in-flight work.
+"""What the gateway knows of the fleet: members, who is suspect, own work in flight, calls.
 
 Polls the membership. While Redis is away the last view is kept, and a member that only
 vanished from its records (a flush, a restart of Redis) stays for a moment, until it had time
-to announce itself again. Workers that break calls are left out for a while.
+to announce itself again. Workers that break calls are avoided (suspects.py) and probed.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import grpc
+from google.rpc import error_details_pb2  # type: ignore[import-untyped]
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_status import rpc_status
 
-from paceline.domain.errors import UnavailableError
+from paceline.domain.errors import (
+    DeadlineError,
+    ExhaustedError,
+    InternalError,
+    PacelineError,
+    UnavailableError,
+)
 from paceline.domain.member import Member, ModelCard, Role
+from paceline.gateway.channels import Channels
+from paceline.gateway.suspects import Incarnation, Suspects
 from paceline.process.membership import Membership
-from paceline.rpc.channel import map_rpc_error, open_channel
+from paceline.rpc.channel import map_rpc_error
 
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.1
-SUSPECT_S = 2.0
-"""How long a worker that broke a call is avoided: about a restart's time."""
 
 VANISHED_S = 2.5
 """How long a member without record is believed in: a heartbeat is back within a second."""
@@ -34,11 +44,14 @@ VANISHED_S = 2.5
 WATCH_S = 0.5
 """How often a silent call's worker is checked for having left the fleet."""
 
-_CLOSE_GRACE_S = 60.0
+PROBE_TIMEOUT_S = 1.0
+PROBE_PAUSE_S = 0.1
+
+_ENDLESS: Callable[[], float] = lambda: math.inf  # noqa: E731
 
 
 class FleetView:
-    """Live members and channels to them."""
+    """Live members, and calls to them."""
 
     def __init__(
         self, membership: Membership, model_name: str, on_redis: Callable[[bool], None]
@@ -47,11 +60,12 @@ class FleetView:
         self._model_name = model_name
         self._on_redis = on_redis
         self._members: dict[str, Member] = {}
+        self._vanished: set[str] = set()
         self._seen_s: dict[str, float] = {}
         self._connected_s = 0.0
-        self._channels: dict[str, grpc.aio.Channel] = {}
-        self._closing: set[asyncio.Task[None]] = set()
-        self._suspects: dict[tuple[str, int], float] = {}
+        self._channels = Channels()
+        self._suspects = Suspects()
+        self._probes: dict[Incarnation, asyncio.Task[None]] = {}
         self.in_flight: Counter[str] = Counter()
         self.pending_tokens: Counter[str] = Counter()
         self.has_redis = False
@@ -66,15 +80,16 @@ class FleetView:
             else:
                 self._note_redis(True)
                 self._update(members, time.monotonic())
+            await self._channels.retain({m.address for m in self._members.values()})
             await asyncio.sleep(POLL_S)
 
     async def close(self) -> None:
-        """Close all channels."""
-        for channel in self._channels.values():
-            await channel.close()
-        for task in self._closing:
-            task.cancel()
-        await asyncio.gather(*self._closing, return_exceptions=True)
+        """End the probes and close all channels."""
+        probes = list(self._probes.values())
+        for probe in probes:
+            probe.cancel()
+        await asyncio.gather(*probes, return_exceptions=True)
+        await self._channels.close()
 
     # -- members --------------------------------------------------------------------------
 
@@ -84,14 +99,20 @@ class FleetView:
         return sorted(found, key=lambda m: m.id)
 
     def workers(self, role: Role, kv_root: bytes) -> list[Member]:
-        """Return workers that may be given work on blocks of this root: same model and layout."""
+        """Return workers that may be given work on blocks of this root: same model and layout.
+
+        Those without a record at present are named only where no other is left.
+        """
+        found = [m for m in self._servers(role, kv_root) if not self.is_suspect(m)]
+        return [m for m in found if m.id not in self._vanished] or found
+
+    def last_resorts(self, role: Role, kv_root: bytes) -> list[Member]:
+        """Return suspects that answer again, for when `workers` has none."""
+        now_s = time.monotonic()
         return [
             m
-            for m in self.members(role)
-            if m.model is not None
-            and m.model.kv_root == kv_root
-            and not m.is_draining
-            and not self.is_suspect(m)
+            for m in self._servers(role, kv_root)
+            if self._suspects.may_retry(_incarnation(m), now_s)
         ]
 
     def node(self, node_id: str) -> Member | None:
@@ -112,13 +133,18 @@ class FleetView:
         return max(cards, key=lambda card: counts[card.kv_root], default=None)
 
     def is_suspect(self, member: Member) -> bool:
-        """Whether a call to it broke a moment ago."""
-        return self._suspects.get((member.id, member.epoch), 0.0) > time.monotonic()
+        """Whether a call to it broke a moment ago, or it did not answer since."""
+        return self._suspects.is_suspect(_incarnation(member), time.monotonic())
 
-    def suspect(self, member: Member) -> None:
-        """Leave a worker out for a while: a call to it broke."""
-        self._suspects[(member.id, member.epoch)] = time.monotonic() + SUSPECT_S
-        logger.warning("worker-suspect", extra={"fields": {"worker": member.id}})
+    def suspect(self, worker: Member) -> None:
+        """Avoid a worker for a while, and probe it: a call to it broke."""
+        incarnation = _incarnation(worker)
+        self._suspects.note_break(incarnation, time.monotonic())
+        logger.warning("worker-suspect", extra={"fields": {"worker": worker.id}})
+        if incarnation not in self._probes:
+            probe = asyncio.create_task(self._probe(worker), name="probe")
+            self._probes[incarnation] = probe
+            probe.add_done_callback(lambda _: self._probes.pop(incarnation))
 
     def has_lost(self, member: Member) -> bool:
         """Whether this incarnation of a member is gone."""
@@ -136,49 +162,102 @@ class FleetView:
 
     # -- calls ----------------------------------------------------------------------------
 
-    def channel(self, address: str) -> grpc.aio.Channel:
-        """Return the channel to an address, opened on first use."""
-        if address not in self._channels:
-            self._channels[address] = open_channel(address)
-        return self._channels[address]
+    def channel(self, address: str) -> AbstractContextManager[grpc.aio.Channel]:
+        """Lend the channel to an address for the time of one call."""
+        return self._channels.use(address)
 
     @contextmanager
-    def busy(self, worker: Member, prompt_tokens: int = 0) -> Iterator[None]:
-        """Count work on a worker while it lasts, for decisions before its next load report."""
-        self.in_flight[worker.id] += 1
-        self.pending_tokens[worker.id] += prompt_tokens
-        try:
-            yield
-        finally:
-            self.in_flight[worker.id] -= 1
-            self.pending_tokens[worker.id] -= prompt_tokens
+    def busy(self, worker: Member, prompt_tokens: int = 0) -> Iterator[Callable[[], None]]:
+        """Count work on a worker while it lasts, for decisions before its next load report.
 
-    async def read(self, call: Any, worker: Member) -> AsyncIterator[Any]:
-        """Yield the messages of a streaming call; the call ends with the iterator.
+        Call what is yielded once the prompt is computed.
+        """
+        left = prompt_tokens
+
+        def note_computed() -> None:
+            nonlocal left
+            _add(self.pending_tokens, worker.id, -left)
+            left = 0
+
+        _add(self.in_flight, worker.id, 1)
+        _add(self.pending_tokens, worker.id, prompt_tokens)
+        try:
+            yield note_computed
+        finally:
+            note_computed()
+            _add(self.in_flight, worker.id, -1)
+
+    async def stream(
+        self,
+        worker: Member,
+        open_call: Callable[[grpc.aio.Channel], Any],
+        patience: Callable[[], float] = _ENDLESS,
+    ) -> AsyncIterator[Any]:
+        """Make a streaming call and yield its messages; the call ends with the iterator.
 
         Raises:
-            UnavailableError: the worker broke the call or left the fleet.
+            UnavailableError: the worker broke the call, left the fleet, or was silent for
+                longer than `patience()` seconds.
             PacelineError: what the worker answered.
         """
-        reading: asyncio.Future[Any] | None = None
-        try:
-            while True:
-                reading = asyncio.ensure_future(call.read())
-                while not (await asyncio.wait({reading}, timeout=WATCH_S))[0]:
-                    if self.has_lost(worker):
-                        raise UnavailableError(f"{worker.id} is gone", reason="worker-lost")
-                message = reading.result()
-                if message is grpc.aio.EOF:
-                    return
-                yield message
-        except grpc.aio.AioRpcError as error:
-            raise map_rpc_error(error) from error
-        finally:
-            if reading is not None:
-                reading.cancel()
-            call.cancel()
+        with self._channels.use(worker.address) as channel:
+            call = open_call(channel)
+            reading: asyncio.Future[Any] | None = None
+            is_first = True
+            try:
+                while True:
+                    reading = asyncio.ensure_future(call.read())
+                    await self._watch(reading, worker, patience)
+                    if reading.cancelled():
+                        raise UnavailableError("the channel closed", reason="peer-unavailable")
+                    message = reading.result()
+                    if message is grpc.aio.EOF:
+                        return
+                    if is_first:
+                        # Later ones say nothing of calls that the worker refused meanwhile.
+                        self._suspects.trust(_incarnation(worker))
+                        is_first = False
+                    yield message
+            except grpc.aio.AioRpcError as error:
+                raise _meaning(error) from error
+            finally:
+                _drop(reading)
+                call.cancel()
+
+    async def _watch(
+        self, reading: asyncio.Future[Any], worker: Member, patience: Callable[[], float]
+    ) -> None:
+        """Wait for a message as long as it may still come."""
+        # Waits are added up instead of looking at the clock: it jumps when we were paused.
+        silent_s = 0.0
+        while True:
+            wait_s = max(0.0, min(WATCH_S, patience() - silent_s))
+            if (await asyncio.wait({reading}, timeout=wait_s))[0]:
+                return
+            silent_s += wait_s
+            if self.has_lost(worker):
+                raise UnavailableError(f"{worker.id} is gone", reason="worker-lost")
+            if silent_s >= patience():
+                raise UnavailableError(f"{worker.id} is silent", reason="worker-silent")
+
+    async def _probe(self, worker: Member) -> None:
+        """Ask a suspect for its health until it says that work is welcome."""
+        incarnation = _incarnation(worker)
+        while self._suspects.needs_probe(incarnation) and not self.has_lost(worker):
+            with self._channels.use(worker.address) as channel:
+                if await _is_healthy(channel):
+                    self._suspects.note_answer(incarnation)
+                    continue
+            await asyncio.sleep(PROBE_PAUSE_S)
 
     # -- the view -------------------------------------------------------------------------
+
+    def _servers(self, role: Role, kv_root: bytes) -> list[Member]:
+        return [
+            m
+            for m in self.members(role)
+            if m.model is not None and m.model.kv_root == kv_root and not m.is_draining
+        ]
 
     def _note_redis(self, is_there: bool) -> None:
         if is_there and not self.has_redis:
@@ -199,12 +278,56 @@ class FleetView:
             and now_s - max(self._seen_s[m.id], self._connected_s) < VANISHED_S
         }
         self._members = fresh | vanished
+        self._vanished = set(vanished)
         self._seen_s = {id_: seen for id_, seen in self._seen_s.items() if id_ in self._members}
-        in_use = {m.address for m in self._members.values()}
-        for address in [a for a in self._channels if a not in in_use]:
-            # Calls that still run on it get to end.
-            closing = asyncio.create_task(self._channels.pop(address).close(_CLOSE_GRACE_S))
-            self._closing.add(closing)
-            closing.add_done_callback(self._closing.discard)
-        epochs = {(m.id, m.epoch) for m in self._members.values()}
-        self._suspects = {k: v for k, v in self._suspects.items() if k in epochs}
+        self._suspects.retain({_incarnation(m) for m in self._members.values()})
+
+
+def _incarnation(member: Member) -> Incarnation:
+    return member.id, member.epoch
+
+
+def _add(counter: Counter[str], key: str, count: int) -> None:
+    """Add to a counter that holds no zeros."""
+    counter[key] += count
+    if not counter[key]:
+        del counter[key]
+
+
+def _drop(reading: asyncio.Future[Any] | None) -> None:
+    """End a read that nobody waits for any more; what it brought is of no interest."""
+    if reading is not None and not reading.cancel() and not reading.cancelled():
+        reading.exception()
+
+
+async def _is_healthy(channel: grpc.aio.Channel) -> bool:
+    stub: Any = health_pb2_grpc.HealthStub(channel)
+    try:
+        answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=PROBE_TIMEOUT_S)
+    except grpc.aio.AioRpcError:
+        return False
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+def _meaning(error: grpc.aio.AioRpcError) -> PacelineError:
+    """Return what a worker's failed call means for the request.
+
+    A status without a reason of ours is that of a broken connection or an ending process,
+    whatever its code. What the worker refuses was let through here: a bug of ours.
+    """
+    ours = map_rpc_error(error)
+    if isinstance(ours, DeadlineError):
+        return ours
+    if not _has_reason(error) and error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return UnavailableError(ours.message, reason="peer-unavailable")
+    if isinstance(ours, UnavailableError | InternalError):
+        return ours
+    if isinstance(ours, ExhaustedError) and _has_reason(error):
+        return ours
+    return InternalError(f"a worker refuses: {ours.message}")
+
+
+def _has_reason(error: grpc.aio.AioRpcError) -> bool:
+    status: Any = rpc_status.from_call(error)
+    details = status.details if status is not None else ()
+    return any(detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR) for detail in details)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -23,11 +23,13 @@ from paceline.gateway.fleet import FleetView
 from paceline.process.metrics import Metrics
 
 
-def create_app(fleet: FleetView, admission: Admission, metrics: Metrics) -> Starlette:
+def create_app(
+    fleet: FleetView, admission: Admission, metrics: Metrics, is_draining: Callable[[], bool]
+) -> Starlette:
     """Return the application.
 
     /metrics  Prometheus text     /healthz  the process lives
-    /status   the fleet, as JSON  /readyz   a worker can serve
+    /status   the fleet, as JSON  /readyz   new requests are welcome and can be served
     """
 
     async def show_metrics(_: Request) -> Response:
@@ -37,6 +39,8 @@ def create_app(fleet: FleetView, admission: Admission, metrics: Metrics) -> Star
         return PlainTextResponse("ok\n")
 
     async def readyz(_: Request) -> Response:
+        if is_draining():
+            return PlainTextResponse("draining\n", 503)
         is_ready = fleet.card() is not None
         text = "ready\n" if is_ready else "no decode worker is ready\n"
         return PlainTextResponse(text, 200 if is_ready else 503)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager
 
 from paceline.domain.errors import NotFoundError, UnavailableError
 from paceline.domain.member import ModelCard
@@ -53,10 +53,11 @@ class Pipeline:
         self._tokenizer = tokenizer
         self._metrics = metrics
         self.admission = Admission(settings.max_in_flight)
+        metrics.requests_running.set_function(lambda: self.admission.num_running)
         self._tokenise = tokenise
         self._lookup = lookup
         self._route = route
-        self._prefill = PrefillStep(fleet, route, settings.max_attempts)
+        self._prefill = PrefillStep(fleet, lookup, route, settings.max_attempts)
         self._decode = DecodeStep(fleet, lookup, route, metrics, settings.max_attempts)
 
     async def generate(
@@ -68,8 +69,8 @@ class Pipeline:
             PacelineError: why it could not be answered, or not to its end.
         """
         ctx.tenant = tenant.name
-        check_request(ctx.request, self._limits)
-        with self.admission.admit(tenant.name, ctx.request_id), self._running(ctx):
+        with _logged(ctx), self.admission.admit(tenant.name, ctx.request_id):
+            check_request(ctx.request, self._limits)
             ctx.model = await self.model(ctx.request.model, tenant, ctx.remaining_s())
             check_against_model(ctx.request, ctx.model)
             await self._tokenise(ctx)
@@ -81,9 +82,10 @@ class Pipeline:
             async with aclosing(self._decode(ctx)) as chunks:  # type: ignore[type-var]
                 async for chunk in chunks:
                     yield responder.push(chunk)
-                    if ctx.is_finished:
-                        break
                     if chunk.finish_reason is None and ctx.outputs[chunk.index].finish_reason:
+                        # Met a stop string, which the worker knows nothing of.
+                        if ctx.is_finished:
+                            break
                         await self._decode.stop(ctx, chunk.index)
             self._metrics.cached_tokens.inc(ctx.cached_tokens)
 
@@ -106,41 +108,33 @@ class Pipeline:
             raise UnavailableError("no decode worker is ready")
         return card
 
-    def _running(self, ctx: RequestContext) -> _Running:
-        return _Running(ctx, self.admission, self._metrics)
+
+@contextmanager
+def _logged(ctx: RequestContext) -> Iterator[None]:
+    """Write a request's one log line when it ends, however it ends."""
+    outcome = "cancelled"
+    try:
+        yield
+        outcome = "ok"
+    except Exception as error:
+        outcome = getattr(error, "reason", "internal")
+        raise
+    finally:
+        _log_end(ctx, "ok" if ctx.is_finished else outcome)
 
 
-class _Running:
-    """Keeps the gauge of running requests and writes a request's one log line at its end."""
-
-    def __init__(self, ctx: RequestContext, admission: Admission, metrics: Metrics) -> None:
-        self._ctx = ctx
-        self._admission = admission
-        self._metrics = metrics
-
-    def __enter__(self) -> None:
-        self._metrics.requests_running.set(self._admission.num_running)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: object
-    ) -> None:
-        ctx = self._ctx
-        # This request's place is given back right behind.
-        self._metrics.requests_running.set(self._admission.num_running - 1)
-        outcome = "ok" if ctx.is_finished else "cancelled"
-        if kind is not None and issubclass(kind, Exception):
-            outcome = getattr(error, "reason", "internal")
-        fields = {
-            "outcome": outcome,
-            "tenant": ctx.tenant,
-            "prompt_tokens": len(ctx.spec.prompt_token_ids) if ctx.spec else None,
-            "cached_prompt_tokens": ctx.cached_tokens,
-            "completion_tokens": ctx.num_output_tokens,
-            "finish_reasons": [o.finish_reason.value for o in ctx.outputs if o.finish_reason],
-            "prefill_worker": ctx.computed_by,
-            "decode_worker": ctx.decode_worker.id if ctx.decode_worker else "",
-            "migrations": ctx.migrations,
-            "ttft_s": min((o.first_token_s for o in ctx.outputs if o.first_token_s), default=None),
-            "e2e_s": time.monotonic() - ctx.arrival_s,
-        }
-        logger.info("request-finished", extra={"fields": fields})
+def _log_end(ctx: RequestContext, outcome: str) -> None:
+    fields = {
+        "outcome": outcome,
+        "tenant": ctx.tenant,
+        "prompt_tokens": len(ctx.spec.prompt_token_ids) if ctx.spec else None,
+        "cached_prompt_tokens": ctx.cached_tokens,
+        "completion_tokens": ctx.num_output_tokens,
+        "finish_reasons": [o.finish_reason.value for o in ctx.outputs if o.finish_reason],
+        "prefill_worker": ctx.computed_by,
+        "decode_worker": ctx.decode_worker.id if ctx.decode_worker else "",
+        "migrations": ctx.migrations,
+        "ttft_s": min((o.first_token_s for o in ctx.outputs if o.first_token_s), default=None),
+        "e2e_s": time.monotonic() - ctx.arrival_s,
+    }
+    logger.info("request-finished", extra={"fields": fields})

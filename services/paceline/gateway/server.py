@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from paceline.domain.errors import InvalidRequestError
+from paceline.gateway.admission import Admission
 from paceline.gateway.auth import Authenticator
 from paceline.gateway.context import RequestContext
 from paceline.gateway.fleet import FleetView
@@ -39,6 +40,7 @@ class InferenceServicer:
         self._fleet = fleet
         self._authenticator = authenticator
         self._settings = settings
+        self._counting = Admission(settings.max_in_flight)
 
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: Any
@@ -85,8 +87,9 @@ class InferenceServicer:
         if kind == "messages":
             check_messages(request.messages)
         timeout_s = self._timeout_s(context)
-        card = await self._pipeline.model(request.model, tenant, timeout_s)
-        ids = await self._tokenise.encode(request, card, timeout_s)
+        with self._counting.admit(tenant.name, secrets.token_hex(8)):
+            card = await self._pipeline.model(request.model, tenant, timeout_s)
+            ids = await self._tokenise.encode(request, card, timeout_s)
         return inference_pb2.CountTokensResponse(num_tokens=len(ids), token_ids=ids)
 
     def _timeout_s(self, context: Any) -> float:

@@ -1,74 +1,116 @@
-"""Text to tokens: the checkpoint's tokenizer and chat template, sandboxed."""
+"""Text to tokens: the checkpoint's tokenizer and chat template.
+
+Ids are those of transformers' AutoTokenizer for the same directory. Back to text goes
+detokenizer.py, with the vocabulary that is read here.
+"""
 
 from __future__ import annotations
 
 import json
-from datetime import datetime
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from paceline.domain.errors import InvalidRequestError
+from paceline.gateway.chat_template import ChatTemplate
+from paceline.gateway.detokenizer import Vocabulary
+
+_SPECIAL_TOKENS = tuple(
+    f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+)
+"""Names under which a tokenizer's configuration gives them, and chat templates use them."""
 
 
 class ModelTokenizer:
     """Tokenizer and chat template of one checkpoint. Thread-safe after construction."""
 
     def __init__(self, directory: Path) -> None:
-        self.tokenizer: Any = Tokenizer.from_file(str(directory / "tokenizer.json"))
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
-        path = directory / "tokenizer_config.json"
-        config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        self._variables = {
-            name: value["content"] if isinstance(value, dict) else value
-            for name, value in config.items()
-            if name.endswith("_token") and value is not None
+        """Load.
+
+        Raises:
+            OSError: a file cannot be read.
+            ValueError: a file is not what its name says.
+        """
+        config = _read_config(directory / "tokenizer_config.json")
+        special_tokens = {
+            name: _content(config[name]) for name in _SPECIAL_TOKENS if config.get(name)
         }
-        vocabulary = self.tokenizer.get_vocab(with_added_tokens=True)
-        self.longest_token_bytes = max((len(t.encode()) for t in vocabulary), default=1)
-        template = directory / "chat_template.jinja"
-        source = template.read_text(encoding="utf-8") if template.exists() else None
-        self._template = _compile(source or config.get("chat_template"))
+        self.tokenizer = _read_tokenizer(directory / "tokenizer.json")
+        if "add_bos_token" in config or "add_eos_token" in config:
+            self.tokenizer.post_processor = _ends(self.tokenizer, config, special_tokens)
+        self.vocabulary = Vocabulary(self.tokenizer)
+        """What detokenising needs."""
+        tokens = self.tokenizer.get_vocab(with_added_tokens=True)
+        self.longest_token_bytes = max((len(token.encode()) for token in tokens), default=1)
+        source = _read_template(directory / "chat_template.jinja", config)
+        self._template = ChatTemplate(source, special_tokens) if source else None
 
-    def encode(self, text: str) -> list[int]:
-        """Tokenise plain text as the checkpoint's own tokenizer does."""
-        return list(self.tokenizer.encode(text).ids)
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Tokenise text; `add_special_tokens` adds what the checkpoint puts around a prompt."""
+        return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
-    def encode_messages(self, messages: list[dict[str, str]]) -> list[int]:
-        """Render a conversation with the chat template and tokenise it.
+    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """Return the text of a conversation, with its special tokens; tokenise it without more.
 
         Raises:
             InvalidRequestError: there is no template, or it refuses the conversation.
         """
         if self._template is None:
             raise InvalidRequestError("messages", "this model has no chat template; send a prompt")
-        try:
-            text = self._template.render(
-                messages=messages, add_generation_prompt=True, **self._variables
-            )
-        except TemplateError as error:
-            raise InvalidRequestError("messages", f"the chat template refuses: {error}") from error
-        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        return self._template.render(messages)
 
 
-def _compile(source: Any) -> Any:
+def _read_tokenizer(path: Path) -> Tokenizer:
+    text = path.read_text(encoding="utf-8")
+    try:
+        tokenizer = Tokenizer.from_str(text)
+    except Exception as error:  # The library raises nothing narrower.
+        raise ValueError(f"{path}: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return config
+
+
+def _read_template(path: Path, config: Mapping[str, Any]) -> str | None:
+    """Return the template of its own file, else that of the configuration."""
+    if path.exists():
+        return path.read_text(encoding="utf-8")
+    source = config.get("chat_template")
     if isinstance(source, list):
-        source = next((t["template"] for t in source if t.get("name") == "default"), None)
-    if not source:
-        return None
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+        return next((t["template"] for t in source if t.get("name") == "default"), None)
+    return source
+
+
+def _content(token: Any) -> str:
+    return str(token.get("content", "") if isinstance(token, dict) else token)
+
+
+def _ends(
+    tokenizer: Tokenizer, config: Mapping[str, Any], special_tokens: Mapping[str, str]
+) -> TemplateProcessing:
+    """Return what adds begin and end of sequence where the configuration says so itself."""
+    added = {
+        name: token
+        for name, token in special_tokens.items()
+        if name in ("bos_token", "eos_token")
+        and config.get(f"add_{name}")
+        and tokenizer.token_to_id(token) is not None
+    }
+    single = " ".join(
+        f"{part}:0" for part in (added.get("bos_token"), "$A", added.get("eos_token")) if part
     )
-    environment.filters["tojson"] = lambda x, **kw: json.dumps(x, ensure_ascii=False, **kw)
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.from_string(source)
-
-
-def _raise_exception(message: str) -> None:
-    raise TemplateError(message)
+    return TemplateProcessing(
+        single=single,
+        pair=f"{single} $B:1",
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in added.values()],
+    )

@@ -11,6 +11,8 @@ ones go to a prefill worker, without a threshold.
 
 from __future__ import annotations
 
+import math
+
 from paceline.domain.cost import StepCost
 from paceline.domain.member import Member
 from paceline.gateway.routing.base import Decision, FleetLoad, RoutingRequest
@@ -23,17 +25,20 @@ class CostPolicy:
     """Smallest predicted TTFT over all pairs of workers."""
 
     def decide(self, request: RoutingRequest, fleet: FleetLoad) -> Decision:
-        """Evaluate every pair; ties go to the smaller ids."""
+        """Evaluate every pair; ties go to decoding alone, then to the smaller ids."""
         terms: dict[str, float] = {}
-        best: tuple[float, Member | None, Member] | None = None
+        pairs = []
         for decode in fleet.decode:
-            for prefill in (None, *fleet.prefill):
+            # Without nodes at both ends the KV would not get across.
+            sharing = [p for p in fleet.prefill if p.node_id and decode.node_id]
+            for prefill in (None, *sharing):
                 seconds = self._predict(request, fleet, prefill, decode)
-                terms[f"{prefill.id if prefill else '-'}>{decode.id}"] = seconds
-                if best is None or seconds < best[0]:
-                    best = (seconds, prefill, decode)
-        assert best is not None, "no decode worker to choose from"
-        return Decision(best[2], best[1], best[0], terms)
+                name = prefill.id if prefill else ""
+                terms[f"{name or '-'}>{decode.id}"] = seconds
+                pairs.append((seconds, name, decode.id, prefill, decode))
+        assert pairs, "no decode worker to choose from"
+        seconds, _, _, prefill, decode = min(pairs, key=lambda pair: pair[:3])
+        return Decision(decode, prefill, seconds, terms)
 
     def _predict(
         self, request: RoutingRequest, fleet: FleetLoad, prefill: Member | None, decode: Member
@@ -44,11 +49,13 @@ class CostPolicy:
             seconds += _prompt_s(request, fleet, decode) * (1 + max(1, running))
         else:
             seconds += _prompt_s(request, fleet, prefill) + fleet.hop_s
-            seconds += _move_s(fleet, prefill.node_id, decode.node_id, _kv_bytes(request))
+            seconds += _hand_over_s(request, fleet, prefill, decode)
         cost = decode.step_cost or _UNKNOWN
         attended = decode.load.context_tokens + request.num_tokens
         step_s = cost.step_s(running + 1, running + 1, attended)
-        return seconds + step_s * (1 + decode.load.num_waiting)
+        seconds += step_s * (1 + decode.load.num_waiting)
+        # A worker whose numbers are no numbers is the last to be chosen.
+        return seconds if math.isfinite(seconds) else math.inf
 
 
 def _wait_s(fleet: FleetLoad, worker: Member) -> float:
@@ -59,22 +66,27 @@ def _wait_s(fleet: FleetLoad, worker: Member) -> float:
 
 
 def _prompt_s(request: RoutingRequest, fleet: FleetLoad, worker: Member) -> float:
-    """Predict fetching the stored prefix from the best holder and computing the rest."""
-    node, blocks = max(request.holders.items(), key=lambda item: item[1], default=("", 0))
-    here = request.holders.get(worker.node_id, 0)
-    if here >= blocks:
-        node = worker.node_id
+    """Predict fetching the longest stored prefix and computing the rest.
+
+    Blocks are fetched from the worker's own node as far as it has them, then from the best one.
+    """
+    blocks = max(request.holders.values(), default=0) if worker.node_id else 0
+    near = request.holders.get(worker.node_id, 0)
     cached = min(blocks * request.block_size, request.num_tokens - 1)
     cost = worker.step_cost or _UNKNOWN
     chunk = worker.prefill_chunk_tokens or _DEFAULT_CHUNK
-    fetch_s = _move_s(fleet, node, worker.node_id, blocks * request.block_bytes)
+    fetch_s = near * request.block_bytes / fleet.near_bytes_per_s
+    fetch_s += (blocks - near) * request.block_bytes / fleet.far_bytes_per_s
     return fetch_s + cost.prefill_s(request.num_tokens - 1 - cached, cached, chunk)
 
 
-def _move_s(fleet: FleetLoad, source: str, target: str, num_bytes: int) -> float:
-    rate = fleet.near_bytes_per_s if source == target else fleet.far_bytes_per_s
-    return num_bytes / rate
-
-
-def _kv_bytes(request: RoutingRequest) -> int:
-    return -(-request.num_tokens // request.block_size) * request.block_bytes
+def _hand_over_s(
+    request: RoutingRequest, fleet: FleetLoad, prefill: Member, decode: Member
+) -> float:
+    """Predict bringing the prompt's KV to the decode worker, less what its node has already."""
+    blocks = -(-request.num_tokens // request.block_size)
+    near = request.holders.get(decode.node_id, 0)
+    if prefill.node_id == decode.node_id:
+        near = blocks
+    seconds = near * request.block_bytes / fleet.near_bytes_per_s
+    return seconds + max(0, blocks - near) * request.block_bytes / fleet.far_bytes_per_s

@@ -8,27 +8,31 @@ the first worker left in the store is used again.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
 import grpc
 
-from paceline.domain.errors import UnavailableError
+from paceline.domain.errors import ExhaustedError, PacelineError, UnavailableError
 from paceline.domain.member import Member
-from paceline.domain.request import TokenChunk
+from paceline.domain.request import FinishReason, TokenChunk
 from paceline.gateway.context import RequestContext
 from paceline.gateway.fleet import FleetView
 from paceline.gateway.steps.lookup import LookupStep
 from paceline.gateway.steps.route import RouteStep, kv_sources
 from paceline.process.metrics import Metrics
 from paceline.rpc import codec
-from paceline.rpc.metadata import request_metadata
+from paceline.rpc.channel import request_metadata
 from paceline.v1 import worker_pb2, worker_pb2_grpc
 
 logger = logging.getLogger(__name__)
 
 _STOP_TIMEOUT_S = 1.0
+
+_GOODBYE_S = 0.5
+"""How long a worker that ended every output may take to end the call."""
 
 
 class DecodeStep:
@@ -54,7 +58,9 @@ class DecodeStep:
         The caller books each chunk in `ctx.outputs` before it asks for the next one.
 
         Raises:
-            UnavailableError: `max_attempts` workers broke; says how many tokens were sent.
+            UnavailableError: `max_attempts` workers broke, or none is left; says how many
+                tokens were sent.
+            ExhaustedError: `max_attempts` workers were full, and no token was sent.
             PacelineError: what a worker answered.
         """
         for attempt in range(1, self._max_attempts + 1):
@@ -65,46 +71,71 @@ class DecodeStep:
                     async for chunk in chunks:
                         yield chunk
                 return
-            except UnavailableError as error:
+            except (UnavailableError, ExhaustedError) as error:
+                if ctx.is_finished:
+                    return  # Only the end of the call was lost.
                 self._note_break(ctx, worker, error)
                 if attempt == self._max_attempts:
+                    if isinstance(error, ExhaustedError) and not ctx.num_output_tokens:
+                        raise
                     raise UnavailableError(
                         f"{attempt} decode workers broke the stream after "
                         f"{ctx.num_output_tokens} tokens",
                         reason="migration-limit",
                     ) from error
-            await self._lookup(ctx)
-            await self._route(ctx, is_resumed=True)
+            await self._find_worker(ctx)
 
     async def stop(self, ctx: RequestContext, index: int) -> None:
         """Tell the worker that one of several outputs needs no further tokens."""
         worker = ctx.decode_worker
         assert worker is not None
-        stub: Any = worker_pb2_grpc.DecodeServiceStub(self._fleet.channel(worker.address))
         request = worker_pb2.StopSequenceRequest(request_id=ctx.tokens().request_id, index=index)
-        try:
-            await stub.StopSequence(request, timeout=_STOP_TIMEOUT_S, metadata=request_metadata())
-        except grpc.aio.AioRpcError as error:
-            # Its tokens are dropped here until the call ends.
-            logger.debug("stop-failed", extra={"fields": {"error": error.details()}})
+        with self._fleet.channel(worker.address) as channel:
+            stub: Any = worker_pb2_grpc.DecodeServiceStub(channel)
+            try:
+                await stub.StopSequence(
+                    request, timeout=_STOP_TIMEOUT_S, metadata=request_metadata()
+                )
+            except grpc.aio.AioRpcError as error:
+                # Its tokens are dropped here until the call ends.
+                logger.debug("stop-failed", extra={"fields": {"error": error.details()}})
 
     async def _stream(self, ctx: RequestContext, worker: Member) -> AsyncIterator[TokenChunk]:
-        stub: Any = worker_pb2_grpc.DecodeServiceStub(self._fleet.channel(worker.address))
-        call = stub.Decode(
-            self._request(ctx), timeout=ctx.remaining_s(), metadata=request_metadata()
-        )
-        uncomputed = 0 if ctx.computed_by else len(ctx.tokens().prompt_token_ids)
-        with self._fleet.busy(worker, uncomputed):
-            async with aclosing(self._fleet.read(call, worker)) as messages:  # type: ignore[type-var]
+        request, timeout_s = self._request(ctx), ctx.remaining_s()
+
+        def open_call(channel: grpc.aio.Channel) -> Any:
+            stub: Any = worker_pb2_grpc.DecodeServiceStub(channel)
+            return stub.Decode(request, timeout=timeout_s, metadata=request_metadata())
+
+        def patience() -> float:
+            return _GOODBYE_S if ctx.is_finished else math.inf
+
+        with self._fleet.busy(worker, _num_uncomputed(ctx)) as note_computed:
+            messages = self._fleet.stream(worker, open_call, patience)
+            async with aclosing(messages):  # type: ignore[type-var]
                 async for message in messages:
+                    if ctx.is_finished:
+                        return
+                    note_computed()
                     if not ctx.computed_by:
                         ctx.computed_by = worker.id
-                        ctx.cached_tokens = message.local_hit_tokens + message.store_hit_tokens
-                    for chunk in message.chunks:
-                        if ctx.outputs[chunk.index].finish_reason is None:
-                            yield codec.chunk_from_proto(chunk)
+                        ctx.note_cached(message.local_hit_tokens + message.store_hit_tokens)
+                    for chunk in map(codec.chunk_from_proto, message.chunks):
+                        if _is_wanted(ctx, chunk):
+                            yield chunk
         if not ctx.is_finished:
             raise UnavailableError("the stream ended early", reason="stream-incomplete")
+
+    async def _find_worker(self, ctx: RequestContext) -> None:
+        """Choose where a broken stream goes on."""
+        try:
+            await self._lookup(ctx)
+            await self._route(ctx, is_resumed=True)
+        except UnavailableError as error:
+            if not ctx.num_output_tokens:
+                raise
+            message = f"{error.message}; the stream broke after {ctx.num_output_tokens} tokens"
+            raise UnavailableError(message, reason=error.reason) from error
 
     def _request(self, ctx: RequestContext) -> worker_pb2.DecodeRequest:
         resumed = {
@@ -119,7 +150,7 @@ class DecodeStep:
             finished_indices=[o.index for o in ctx.outputs if o.finish_reason is not None],
         )
 
-    def _note_break(self, ctx: RequestContext, worker: Member, error: UnavailableError) -> None:
+    def _note_break(self, ctx: RequestContext, worker: Member, error: PacelineError) -> None:
         self._fleet.suspect(worker)
         if ctx.num_output_tokens:
             ctx.migrations += 1
@@ -131,3 +162,33 @@ class DecodeStep:
             "tokens": ctx.num_output_tokens,
         }
         logger.warning("decode-broken", extra={"fields": fields})
+
+
+def _num_uncomputed(ctx: RequestContext) -> int:
+    """Return how many tokens the decode worker computes before the next one comes."""
+    if ctx.prefill_worker is not None:
+        return 0
+    stored = max(ctx.holders.values(), default=0) * ctx.card().block_size
+    return max(0, len(ctx.tokens().prompt_token_ids) + ctx.longest_output - stored)
+
+
+def _is_wanted(ctx: RequestContext, chunk: TokenChunk) -> bool:
+    """Tell whether a chunk is news; one that cannot be right breaks the stream.
+
+    Raises:
+        UnavailableError: it cannot be right; another worker will do better.
+    """
+    if chunk.index >= len(ctx.outputs):
+        raise UnavailableError(f"no output {chunk.index} was asked for", reason="bad-chunk")
+    output, spec = ctx.outputs[chunk.index], ctx.tokens()
+    if output.finish_reason is not None:
+        return False
+    if (
+        max(chunk.token_ids, default=0) >= ctx.card().vocab_size
+        or len(output.token_ids) + len(chunk.token_ids) > spec.max_tokens
+        or (spec.logprobs and len(chunk.logprobs) != len(chunk.token_ids))
+    ):
+        raise UnavailableError(f"a chunk of output {chunk.index} is wrong", reason="bad-chunk")
+    if chunk.finish_reason in (FinishReason.CANCELLED, FinishReason.ERROR):
+        raise UnavailableError(f"output {chunk.index} ended by itself", reason="output-broken")
+    return bool(chunk.token_ids) or chunk.finish_reason is not None

@@ -15,13 +15,14 @@ from typing import Any
 import grpc
 
 from paceline.domain.blocks import LAYOUT_VERSION
-from paceline.domain.errors import UnavailableError
+from paceline.domain.errors import ExhaustedError, InternalError, UnavailableError
 from paceline.domain.member import Member, ModelCard
 from paceline.gateway.context import RequestContext
 from paceline.gateway.fleet import FleetView
+from paceline.gateway.steps.lookup import LookupStep
 from paceline.gateway.steps.route import RouteStep, kv_sources
 from paceline.rpc import codec
-from paceline.rpc.metadata import request_metadata
+from paceline.rpc.channel import request_metadata
 from paceline.v1 import kvstore_pb2, kvstore_pb2_grpc, worker_pb2, worker_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -31,17 +32,29 @@ MAX_PULLS = 4
 
 PULL_TIMEOUT_S = 2.0
 
+MIN_PATIENCE_S = 5.0
+PATIENCE_FACTOR = 10.0
+"""How far a prediction of the time to the next message may be off: queues grow meanwhile."""
+
 
 class PrefillStep:
     """Calls PrefillService."""
 
-    def __init__(self, fleet: FleetView, route: RouteStep, max_attempts: int) -> None:
+    def __init__(
+        self, fleet: FleetView, lookup: LookupStep, route: RouteStep, max_attempts: int
+    ) -> None:
         self._fleet = fleet
+        self._lookup = lookup
         self._route = route
         self._max_attempts = max_attempts
 
     async def __call__(self, ctx: RequestContext) -> None:
-        """Return when the KV is readable in the store, or nobody is left to compute it."""
+        """Return when the KV is readable in the store, or nobody is left to compute it.
+
+        Raises:
+            UnavailableError: no decode worker is left.
+            DeadlineError: the request's deadline passed.
+        """
         for _ in range(self._max_attempts):
             worker = ctx.prefill_worker
             if worker is None:
@@ -49,31 +62,49 @@ class PrefillStep:
             try:
                 await self._prefill(ctx, worker)
                 return
-            except UnavailableError as error:
+            except (UnavailableError, ExhaustedError, InternalError) as error:
                 fields = {"worker": worker.id, "reason": error.reason, "error": error.message}
                 logger.warning("prefill-broken", extra={"fields": fields})
+                if isinstance(error, InternalError):
+                    break  # It would happen elsewhere too: no reason to suspect the worker.
                 self._fleet.suspect(worker)
+                await self._lookup(ctx)
                 await self._route(ctx)
         ctx.prefill_worker = None
 
     async def _prefill(self, ctx: RequestContext, worker: Member) -> None:
-        spec = ctx.tokens()
-        stub: Any = worker_pb2_grpc.PrefillServiceStub(self._fleet.channel(worker.address))
+        spec, timeout_s = ctx.tokens(), ctx.remaining_s()
         request = worker_pb2.PrefillRequest(
             spec=codec.spec_to_proto(spec), kv_sources=kv_sources(self._fleet, ctx, None)
         )
-        call = stub.Prefill(request, timeout=ctx.remaining_s(), metadata=request_metadata())
+
+        def open_call(channel: grpc.aio.Channel) -> Any:
+            stub: Any = worker_pb2_grpc.PrefillServiceStub(channel)
+            return stub.Prefill(request, timeout=timeout_s, metadata=request_metadata())
+
+        patience_s = _patience_s(ctx.predicted_ttft_s, timeout_s)
         hits, is_complete = 0, False
         async with Mover(self._fleet, ctx.card(), worker, ctx.decode_worker) as mover:
             with self._fleet.busy(worker, len(spec.prompt_token_ids)):
-                async with aclosing(self._fleet.read(call, worker)) as messages:  # type: ignore[type-var]
+                messages = self._fleet.stream(worker, open_call, lambda: patience_s)
+                async with aclosing(messages):  # type: ignore[type-var]
                     async for message in messages:
                         hits += message.local_hit_tokens + message.store_hit_tokens
                         is_complete = is_complete or message.is_last
                         mover.move(list(message.published_keys))
         if not is_complete:
             raise UnavailableError("the prefill ended early", reason="prefill-incomplete")
-        ctx.cached_tokens, ctx.computed_by = hits, worker.id
+        ctx.computed_by = worker.id
+        ctx.note_cached(hits)
+
+
+def _patience_s(predicted_s: float, left_s: float) -> float:
+    """Return how long a prefill may be silent before its worker counts as hung.
+
+    Half of the time left stays for the decode worker to compute the prompt itself.
+    """
+    generous_s = max(MIN_PATIENCE_S, PATIENCE_FACTOR * predicted_s)
+    return min(generous_s, max(left_s / 2, 2 * predicted_s))
 
 
 class Mover:
@@ -111,7 +142,6 @@ class Mover:
         task.add_done_callback(self._pulls.discard)
 
     async def _pull(self, address: str, keys: list[bytes]) -> None:
-        stub: Any = kvstore_pb2_grpc.KvNodeServiceStub(self._fleet.channel(address))
         model = self._model
         layout = kvstore_pb2.KvLayout(
             kv_root=model.kv_root,
@@ -121,8 +151,10 @@ class Mover:
             block_bytes=model.block_bytes,
         )
         request = kvstore_pb2.PullRequest(layout=layout, keys=keys, source=self._uri)
-        try:
-            await stub.Pull(request, timeout=PULL_TIMEOUT_S, metadata=request_metadata())
-        except grpc.aio.AioRpcError as error:
-            fields = {"node": address, "error": error.details()}
-            logger.debug("kv-pull-failed", extra={"fields": fields})
+        with self._fleet.channel(address) as channel:
+            stub: Any = kvstore_pb2_grpc.KvNodeServiceStub(channel)
+            try:
+                await stub.Pull(request, timeout=PULL_TIMEOUT_S, metadata=request_metadata())
+            except grpc.aio.AioRpcError as error:
+                fields = {"node": address, "error": error.details()}
+                logger.debug("kv-pull-failed", extra={"fields": fields})

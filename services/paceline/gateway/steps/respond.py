@@ -10,6 +10,7 @@ import time
 from paceline.domain.request import FinishReason, TokenChunk
 from paceline.gateway.context import Output, RequestContext
 from paceline.gateway.detokenizer import Detokenizer
+from paceline.gateway.stop_strings import StopStrings
 from paceline.gateway.tokenizer import ModelTokenizer
 from paceline.process.metrics import Metrics
 from paceline.rpc import codec
@@ -22,8 +23,8 @@ class Responder:
     def __init__(self, ctx: RequestContext, tokenizer: ModelTokenizer, metrics: Metrics) -> None:
         self._ctx = ctx
         self._metrics = metrics
-        stop = list(ctx.request.stop)
-        self._texts = [Detokenizer(tokenizer.tokenizer, stop) for _ in ctx.outputs]
+        stop = StopStrings(ctx.request.stop)
+        self._texts = [Detokenizer(tokenizer.vocabulary, stop) for _ in ctx.outputs]
         self._last_piece_s = [ctx.arrival_s for _ in ctx.outputs]
 
     def push(self, chunk: TokenChunk) -> inference_pb2.GenerateResponse:

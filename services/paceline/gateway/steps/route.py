@@ -14,6 +14,9 @@ from paceline.process.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
+MAX_SOURCES = 4
+"""Nodes asked one after the other for what is missing, within one pull's time."""
+
 
 class RouteStep:
     """Fills the workers of a request."""
@@ -31,24 +34,20 @@ class RouteStep:
 
         Raises:
             UnavailableError: no worker appeared in time.
+            DeadlineError: the deadline passed while waiting for one.
         """
         fleet, model = self._fleet, ctx.card()
-        wait_s = min(self._settings.wait_for_worker_s, ctx.remaining_s())
-        if not await fleet.wait_for(
-            lambda: bool(fleet.workers(Role.DECODE, model.kv_root)), wait_s
-        ):
-            raise UnavailableError("no decode worker is ready")
-        longest = max((len(o.token_ids) for o in ctx.outputs), default=0)
+        decode = await self._decode_workers(ctx)
         decision = self._policy.decide(
             RoutingRequest(
-                num_tokens=len(ctx.tokens().prompt_token_ids) + longest,
+                num_tokens=len(ctx.tokens().prompt_token_ids) + ctx.longest_output,
                 block_size=model.block_size,
                 block_bytes=model.block_bytes,
                 holders=ctx.holders,
             ),
             FleetLoad(
                 prefill=[] if is_resumed else fleet.workers(Role.PREFILL, model.kv_root),
-                decode=fleet.workers(Role.DECODE, model.kv_root),
+                decode=decode,
                 in_flight=fleet.in_flight,
                 pending_tokens=fleet.pending_tokens,
                 near_bytes_per_s=self._settings.shm_bytes_per_s,
@@ -57,6 +56,7 @@ class RouteStep:
             ),
         )
         ctx.prefill_worker, ctx.decode_worker = decision.prefill, decision.decode
+        ctx.predicted_ttft_s = decision.predicted_ttft_s
         kind = "resumed" if is_resumed else "split" if decision.prefill else "decode-only"
         self._metrics.routing_decisions.labels(kind).inc()
         if logger.isEnabledFor(logging.DEBUG):
@@ -69,10 +69,25 @@ class RouteStep:
             }
             logger.debug("routed", extra={"fields": fields})
 
+    async def _decode_workers(self, ctx: RequestContext) -> list[Member]:
+        """Return candidates, once there are some; suspects only where nobody else is left."""
+        fleet, root = self._fleet, ctx.card().kv_root
+        found: list[Member] = []
+
+        def is_there() -> bool:
+            found[:] = fleet.workers(Role.DECODE, root) or fleet.last_resorts(Role.DECODE, root)
+            return bool(found)
+
+        wait_s = min(self._settings.wait_for_worker_s, ctx.remaining_s())
+        if not await fleet.wait_for(is_there, wait_s):
+            ctx.remaining_s()
+            raise UnavailableError("no decode worker is ready")
+        return found
+
 
 def kv_sources(fleet: FleetView, ctx: RequestContext, first: Member | None) -> list[str]:
     """Return the transport URIs of nodes that may hold KV of the request, best first."""
     ids = [first.node_id] if first is not None else []
-    ids += sorted(ctx.holders, key=lambda id_: -ctx.holders[id_])
+    ids += sorted(ctx.holders, key=lambda id_: (-ctx.holders[id_], id_))
     nodes = [fleet.node(id_) for id_ in dict.fromkeys(ids)]
-    return [node.kv_uri for node in nodes if node is not None and node.kv_uri]
+    return [node.kv_uri for node in nodes if node is not None and node.kv_uri][:MAX_SOURCES]

@@ -18,6 +18,7 @@ MAX_STOP_CHARS = 1024
 MAX_STOP_TOKENS = 1024
 MAX_LOGPROBS = 20
 MAX_MESSAGES = 4096
+MAX_ROLE_CHARS = 64
 MAX_ID_CHARS = 128
 SPECULATION_MODES = ("", "AUTO", "OFF")
 """Drafters by name join when the build has some."""
@@ -59,6 +60,8 @@ def check_against_model(request: inference_pb2.GenerateRequest, model: ModelCard
     Raises:
         InvalidRequestError: names the field.
     """
+    if request.WhichOneof("input") == "token_ids":
+        check_length("token_ids.ids", len(request.token_ids.ids), model)
     for field, ids in (
         ("token_ids.ids", request.token_ids.ids),
         ("stop_token_ids", request.stop_token_ids),
@@ -98,7 +101,8 @@ def check_request_id(request_id: str) -> None:
     is_plain = request_id.isascii() and request_id.isprintable()
     if len(request_id) > MAX_ID_CHARS or not is_plain:
         raise InvalidRequestError(
-            "request_id", f"must be at most {MAX_ID_CHARS} printable ASCII characters"
+            "request_id",
+            f"{len(request_id)} characters, at most {MAX_ID_CHARS} of printable ASCII may be used",
         )
 
 
@@ -106,12 +110,11 @@ def check_messages(messages: inference_pb2.MessageList) -> None:
     """Check the form of a conversation.
 
     Raises:
-        InvalidRequestError: it is empty, too long, or a message has no role.
+        InvalidRequestError: it is empty, too long, or a message has no role of a sane length.
     """
-    _in_range("messages.messages", len(messages.messages), 1, MAX_MESSAGES)
+    _has_size("messages.messages", len(messages.messages), 1, MAX_MESSAGES, "messages")
     for i, message in enumerate(messages.messages):
-        if not message.role:
-            raise InvalidRequestError(f"messages.messages[{i}].role", "is empty")
+        _has_size(f"messages.messages[{i}].role", len(message.role), 1, MAX_ROLE_CHARS)
 
 
 def _check_input(request: inference_pb2.GenerateRequest) -> None:
@@ -142,15 +145,12 @@ def _check_sampling(sampling: inference_pb2.SamplingParams) -> None:
 
 
 def _check_ending(request: inference_pb2.GenerateRequest) -> None:
-    if request.HasField("max_tokens") and request.max_tokens < 1:
-        raise InvalidRequestError("max_tokens", "must be at least 1")
-    if len(request.stop) > MAX_STOP_STRINGS:
-        raise InvalidRequestError("stop", f"at most {MAX_STOP_STRINGS} strings")
+    if request.HasField("max_tokens"):
+        _in_range("max_tokens", request.max_tokens, 1, None)
+    _has_size("stop", len(request.stop), 0, MAX_STOP_STRINGS, "strings")
     for i, stop in enumerate(request.stop):
-        if not 0 < len(stop) <= MAX_STOP_CHARS:
-            raise InvalidRequestError(f"stop[{i}]", f"must have 1 to {MAX_STOP_CHARS} characters")
-    if len(request.stop_token_ids) > MAX_STOP_TOKENS:
-        raise InvalidRequestError("stop_token_ids", f"at most {MAX_STOP_TOKENS} ids")
+        _has_size(f"stop[{i}]", len(stop), 1, MAX_STOP_CHARS)
+    _has_size("stop_token_ids", len(request.stop_token_ids), 0, MAX_STOP_TOKENS, "ids")
 
 
 def _in_range(
@@ -160,6 +160,19 @@ def _in_range(
     is_low = value <= low if is_above else value < low
     if math.isnan(value) or is_low or (high is not None and value > high):
         opening = "(" if is_above else "["
-        upper = "" if high is None else f"{high:g}]"
-        wanted = f"in {opening}{low:g}, {upper}" if upper else f"at least {low:g}"
-        raise InvalidRequestError(field, f"{value:g} is not {wanted}")
+        wanted = f"at least {_text(low)}"
+        if high is not None:
+            wanted = f"in {opening}{_text(low)}, {_text(high)}]"
+        raise InvalidRequestError(field, f"{_text(value)} is not {wanted}")
+
+
+def _has_size(field: str, size: int, least: int, most: int, unit: str = "characters") -> None:
+    """Refuse too little or too much of something; says how much there is and may be."""
+    if not least <= size <= most:
+        limits = f"at most {most}" if size > most else f"at least {least}"
+        raise InvalidRequestError(field, f"{size} {unit}, {limits} may be given")
+
+
+def _text(value: float) -> str:
+    """Return a number as people write it; whole ones with all their digits."""
+    return str(value) if isinstance(value, int) else f"{value:g}"
