@@ -74,7 +74,9 @@ def plan_fleet(
 ) -> FleetPlan:
     """Return the processes to start."""
     # By environment, since a URL may hold a password and command lines are public.
-    base = {**environ, EXIT_WITH_PARENT_VAR: "1", "PACELINE_REDIS_URL": redis_url}
+    own = {EXIT_WITH_PARENT_VAR: "1", "PACELINE_REDIS_URL": redis_url}
+    # gRPC's core writes plain lines between our JSON ones unless told not to.
+    base = {"GRPC_VERBOSITY": "NONE", **environ, **own}
     env = with_threads(base, 1)
     shared: dict[str, object] = {
         "fleet": fleet,
