@@ -2,13 +2,15 @@
 
 A handful of steps of different shapes is timed on the real runner and a non-negative linear
 model is fitted (domain/cost.py states it). worker/engine_process.py runs it once at start,
-before requests arrive; pages it scribbles on belong to nobody yet.
+before requests arrive; pages it scribbles on belong to nobody yet. Workers that start together
+share cores for the moment: the time on the CPU tells what a step takes when they do not.
 """
 
 from __future__ import annotations
 
 import itertools
-import statistics
+import time
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -28,9 +30,18 @@ class _StepRunner(Protocol):
 
 
 def measure_step_cost(
-    runner: _StepRunner, *, num_pages: int, block_size: int, max_context_tokens: int, chunk: int
+    runner: _StepRunner,
+    *,
+    num_pages: int,
+    block_size: int,
+    max_context_tokens: int,
+    chunk: int,
+    cpu_s: Callable[[], float] = time.process_time,
 ) -> StepCost:
-    """Time decode and prefill shapes and fit them; takes well under a second on a small model."""
+    """Time decode and prefill shapes and fit them; takes well under a second on a small model.
+
+    `cpu_s` is the processor time of this process, summed over its threads.
+    """
     longest = min(max_context_tokens, num_pages * block_size) - 1
     context = max(1, min(longest // 2, 512))
     shapes = [(1, 1, 0), (1, 1, context), (4, 1, context // 4), (8, 1, context // 8)]
@@ -41,11 +52,18 @@ def measure_step_cost(
     for rows, tokens, start in shapes:
         plan = _plan(rows, tokens, start, num_pages, block_size)
         runner.run(plan)
-        times.append(statistics.median(runner.run(plan).elapsed_s for _ in range(_REPEATS)))
+        times.append(min(_undisturbed_s(runner, plan, cpu_s) for _ in range(_REPEATS)))
         attended = rows * (tokens * start + tokens * (tokens + 1) // 2)
         features.append([1.0, rows, rows * tokens, attended])
     base, row, token, attended_s = _fit(np.array(features), np.array(times))
     return StepCost(base_s=base, row_s=row, token_s=token, context_s=attended_s)
+
+
+def _undisturbed_s(runner: _StepRunner, plan: StepPlan, cpu_s: Callable[[], float]) -> float:
+    """Time one step; the smaller of wall and processor time leaves out waiting for a core."""
+    started_s = cpu_s()
+    elapsed_s = runner.run(plan).elapsed_s
+    return min(elapsed_s, cpu_s() - started_s)
 
 
 def _fit(features: np.ndarray, times: np.ndarray) -> list[float]:
