@@ -70,6 +70,7 @@ def footprint(platform: Platform) -> dict[str, int]:
     return found
 
 
+@pytest.mark.timeout(600)
 async def test_cancelled_requests_leave_nothing_behind(platform: Platform) -> None:
     await cancel_many(platform.grpc, NUM_WARM, seed=1)
     until_at_rest(platform, 30)
