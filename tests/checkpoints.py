@@ -53,12 +53,34 @@ ARCHITECTURES = {
     "mistral": (MistralConfig, MistralForCausalLM, dict(sliding_window=24)),
 }
 
+VARIANTS = {
+    "llama-linear-rope": (
+        LlamaConfig,
+        LlamaForCausalLM,
+        dict(rope_parameters=dict(rope_type="linear", rope_theta=50000.0, factor=4.0)),
+    ),
+    "mistral-unwindowed": (MistralConfig, MistralForCausalLM, dict(sliding_window=None)),
+    "qwen2-partly-windowed": (
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        dict(use_sliding_window=True, sliding_window=24, max_window_layers=1),
+    ),
+    "qwen3-biased-tied": (
+        Qwen3Config,
+        Qwen3ForCausalLM,
+        dict(head_dim=16, attention_bias=True, tie_word_embeddings=True),
+    ),
+}
+"""What the same architectures can also be."""
 
-def random_checkpoint(architecture: str, directory: Path, seed: int = 0) -> Path:
+
+def random_checkpoint(
+    architecture: str, directory: Path, seed: int = 0, **overrides: object
+) -> Path:
     """Write a random checkpoint with the demo model's tokenizer and return its directory."""
-    config_class, model_class, extra = ARCHITECTURES[architecture]
+    config_class, model_class, extra = {**ARCHITECTURES, **VARIANTS}[architecture]
     torch.manual_seed(seed)
-    model = model_class(config_class(**{**_BASE, **extra}))
+    model = model_class(config_class(**{**_BASE, **extra, **overrides}))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):

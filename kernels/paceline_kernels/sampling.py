@@ -15,6 +15,10 @@ _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _ROUNDS = 10
 
+_CACHED_WORDS = 40_000
+"""Philox words per lane computed at a time: 320 KB, so that ten rounds stay in the L2 cache.
+Noise for 150,000 tokens takes 4 ms a row then, 18 ms for 32 rows at a time."""
+
 _NUCLEUS_TOKENS = 1024
 """Tokens sorted first for top-p: of 150,000, sorting 1,024 takes 0.8 ms, 16,384 2.3, all 11."""
 
@@ -27,17 +31,21 @@ def philox_uniform(
     key = (seed low, seed high), counter = (token // 4, position, stream, 0), lane = token % 4,
     value = (x + 0.5) / 2**32: a token's noise depends on nothing but these numbers.
     """
-    return torch.cat(list(_uniform_rows(seeds_R, streams_R, positions_R, vocab)))
+    return torch.cat(list(_uniform_parts(seeds_R, streams_R, positions_R, vocab)))
 
 
-def _uniform_rows(
+def _uniform_parts(
     seeds_R: torch.Tensor, streams_R: torch.Tensor, positions_R: torch.Tensor, vocab: int
 ) -> Iterator[torch.Tensor]:
-    """Yield [1, V] per row: one row's words of 300 KB each stay in the cache, 32 rows' do not."""
+    """Yield [r, V] for as many rows at a time as keep their words in the cache."""
     groups_1G = torch.arange((vocab + 3) // 4)[None]
-    keys = zip(seeds_R.split(1), streams_R.split(1), positions_R.split(1), strict=True)
-    words = (torch.stack(_words(*key, groups_1G), dim=-1).flatten(1)[:, :vocab] for key in keys)
-    return (_to_uniform(words_1V) for words_1V in words)
+    num_rows = max(1, _CACHED_WORDS // groups_1G.shape[1])
+    parts = zip(
+        seeds_R.split(num_rows), streams_R.split(num_rows), positions_R.split(num_rows), strict=True
+    )
+    for part in parts:
+        words = torch.stack(_words(*part, groups_1G), dim=-1)
+        yield _to_uniform(words.flatten(1)[:, :vocab])
 
 
 def philox_uniform_at(
@@ -87,8 +95,8 @@ def gumbel_noise(
     seeds_R: torch.Tensor, streams_R: torch.Tensor, positions_R: torch.Tensor, vocab: int
 ) -> torch.Tensor:
     """Return standard Gumbel noise, float32 [R, V]; argmax(log p + noise) draws from p."""
-    rows = _uniform_rows(seeds_R, streams_R, positions_R, vocab)
-    return torch.cat([_to_gumbel(uniform_1V) for uniform_1V in rows])
+    parts = _uniform_parts(seeds_R, streams_R, positions_R, vocab)
+    return torch.cat([_to_gumbel(uniform_RV) for uniform_RV in parts])
 
 
 def gumbel_noise_at(
@@ -142,11 +150,13 @@ def _nucleus(logits_V: torch.Tensor, top_p: float) -> torch.Tensor:
     probs_V = logits_V.double().softmax(dim=-1)
     size = min(_NUCLEUS_TOKENS, len(probs_V))
     while True:
-        likeliest = probs_V.topk(size)
-        before = likeliest.values.cumsum(0) - likeliest.values
+        # Ordered by logits: probabilities of unequal ones may round to the same number.
+        likeliest_K = logits_V.topk(size).indices
+        probs_K = probs_V[likeliest_K]
+        before = probs_K.cumsum(0) - probs_K
         num_kept = int((before < top_p).sum())
         if num_kept < size or size == len(probs_V):
             break
         size = min(16 * size, len(probs_V))
-    kept = likeliest.indices[: max(num_kept, 1)]
+    kept = likeliest_K[: max(num_kept, 1)]
     return torch.full_like(logits_V, float("-inf")).scatter_(0, kept, logits_V[kept])

@@ -134,11 +134,13 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` would do something right now."""
-        s, now_s = self._scheduler, self._monotonic()
         return (
-            any(q.num_remaining > 0 for q in s.running)
-            or any(not self._exchange.lookups.is_waiting(q, now_s) for q in s.waiting)
+            bool(self._events)
+            or any(
+                s.num_remaining > 0 or not s.request.num_unsaved for s in self._scheduler.running
+            )
             or self._exchange.can_write
+            or self._admission.has_candidate(self._monotonic())
         )
 
     def next_deadline_s(self) -> float | None:

@@ -82,20 +82,21 @@ class Scheduler:
     def make_room(self, sequence: Sequence) -> bool:
         """Tell whether a matched sequence can start now; lower priorities give way if need be.
 
-        One page per running sequence stays in reserve, so that a newcomer does not force a
-        preemption with its first decode steps; an idle engine admits anything.
+        It must fit beside what the running ones still need for their prompts and one page
+        more for each, so that it does not force a preemption with its first decode steps; an
+        idle engine admits anything.
         """
-        needed = self._num_blocks(sequence.target) - len(sequence.pages)
+        needed = self._num_missing(sequence) + sum(self._num_missing(s) + 1 for s in self.running)
         available, num_running = self.pool.num_available, len(self.running)
         victims: list[Sequence] = []
         for victim in [*reversed(self.running), None]:
-            has_room = not num_running or available >= needed + num_running
-            if num_running < self.max_num_seqs and has_room:
+            if num_running < self.max_num_seqs and (not num_running or available >= needed):
                 break
             if victim is None or victim.request.spec.priority >= sequence.request.spec.priority:
                 return False
             victims.append(victim)
             available += self.pool.num_exclusive(victim.held_pages)
+            needed -= self._num_missing(victim) + 1
             num_running -= 1
         for victim in victims:
             self._preempt(victim)
@@ -262,7 +263,6 @@ class Scheduler:
         sequence.pending_copy = None
         sequence.num_computed = 0
         sequence.num_registered = 0
-        sequence.num_stored = 0
 
     def _remove(self, sequence: Sequence) -> None:
         queue = self.running if sequence.phase is Phase.RUNNING else self.waiting
@@ -279,7 +279,8 @@ class Scheduler:
 
     def _row(self, sequence: Sequence, count: int) -> Row:
         start = sequence.num_computed
-        is_sampled = not sequence.is_leader and start + count == len(sequence.token_ids)
+        # A leader's target is one short of this, so nothing is drawn for it.
+        is_sampled = start + count == len(sequence.token_ids)
         return Row(
             sequence_id=sequence.id,
             token_ids=tuple(sequence.token_ids[start : start + count]),
@@ -287,6 +288,10 @@ class Scheduler:
             pages=tuple(sequence.pages),
             sample=_sample_spec(sequence) if is_sampled else None,
         )
+
+    def _num_missing(self, sequence: Sequence) -> int:
+        """Count the pages that a sequence will need for its target and has not."""
+        return max(0, self._num_blocks(sequence.target) - len(sequence.pages))
 
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)

@@ -172,6 +172,15 @@ def test_a_burst_asks_few_at_a_time_and_everybody_gets_an_answer() -> None:
     assert not arena.pinned
 
 
+def test_only_those_ask_who_could_start() -> None:
+    rig = Rig.make(max_num_seqs=3)
+    rig.engine.attach_arena(new_arena())
+    for i in range(10):
+        rig.engine.submit(spec_of(f"r{i}"))
+    rig.step(3)
+    assert [e.request_id for e in rig.lookups()] == ["r0", "r1", "r2"]
+
+
 def test_waiting_for_the_store_is_no_work_and_ends_in_time() -> None:
     rig = Rig.make(max_num_seqs=16, num_pages=100)
     rig.engine.attach_arena(new_arena())
@@ -431,40 +440,48 @@ def test_one_step_writes_a_bounded_number_of_bytes(monkeypatch: pytest.MonkeyPat
     assert sizes == [3, 3, 3, 1]
 
 
+def test_outputs_of_one_prompt_save_its_blocks_once() -> None:
+    arena = new_arena()
+    rig = Rig.make()
+    rig.engine.attach_arena(arena)
+    rig.engine.grant_slots([arena.free.pop() for _ in range(50)])
+    rig.engine.submit(spec_of(length=17, n=4, max_tokens=2))
+    rig.step()
+    rig.engine.answer_lookup(rig.lookups()[0].lookup_id, ())
+    rig.step(10)
+    assert len(rig.saved_keys()) == 4
+
+
 def test_saves_give_way_before_anybody_is_preempted() -> None:
-    rig = Rig.make(num_pages=16)
-    rig.engine.attach_arena(new_arena())
-    # Eight pages of ended requests wait for slots that do not come.
-    for i in range(2):
-        rig.engine.submit(spec_of(f"gone{i}", length=17, max_tokens=1))
-        rig.step()
-        rig.engine.answer_lookup(rig.lookups()[-1].lookup_id, ())
-        rig.step(4)
-    assert rig.engine.load().free_blocks == 8
-    specs = [spec_of(f"r{i}", length=3, max_tokens=28) for i in range(2)]
+    rig = Rig.make(num_pages=32)
+    specs = [spec_of(name, length=38, max_tokens=14) for name in ("a", "b")]
     for spec in specs:
+        rig.engine.submit(replace(spec, max_tokens=1))
+        run_until_idle(rig.engine)
+    rig.engine.attach_arena(new_arena())
+    for spec in [spec_of("gone", length=41, max_tokens=1), *specs]:
         rig.engine.submit(spec)
         rig.step()
         rig.engine.answer_lookup(rig.lookups()[-1].lookup_id, ())
-    rig.step(60)
+        rig.step(6)
+    # Ten pages of the request that is over wait for slots that do not come.
+    rig.step(30)
     assert rig.engine.load().num_preemptions == 0
     for spec in specs:
         output = tokens_of(rig.outputs(spec.request_id))
-        assert output == expected_tokens(spec, 0, context=64)
+        assert output == expected_tokens(spec, 0, context=128)
 
 
-def test_pages_held_for_the_store_cannot_block_a_prompt() -> None:
-    rig = Rig.make(num_pages=16)
+def test_pages_held_for_the_store_do_not_split_a_chunk() -> None:
+    rig = Rig.make(num_pages=16, chunk_tokens=64)
     rig.engine.attach_arena(new_arena())
-    rig.engine.submit(spec_of("gone", length=30, max_tokens=1))
-    rig.step()
-    rig.engine.answer_lookup(rig.lookups()[-1].lookup_id, ())
-    rig.step(6)
-    spec = spec_of("big", length=60, max_tokens=4)
-    rig.engine.submit(spec)
-    rig.step()
-    rig.engine.answer_lookup(rig.lookups()[-1].lookup_id, ())
-    rig.step(30)
+    for spec in (spec_of("gone", length=30, max_tokens=1), spec_of("big", length=60)):
+        rig.engine.submit(spec)
+        rig.step()
+        rig.engine.answer_lookup(rig.lookups()[-1].lookup_id, ())
+        rig.step()
+    assert [plan.num_tokens for plan in rig.runner.plans] == [30, 60]
+    rig.step(5)
     assert tokens_of(rig.outputs("big")) == expected_tokens(spec, 0, context=64)
 
 

@@ -150,6 +150,7 @@ class EngineMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.now_s = 0.0
+        self.may_fail = False
         self.requests_by_id: dict[str, Expected] = {}
         self.arena: MemoryArena | None = None
         self.lookups: list[LookupEvent] = []
@@ -254,9 +255,9 @@ class EngineMachine(RuleBasedStateMachine):
                 raise RuntimeError("told to")
             return frozenset([row] if row < len(plan.rows) else [])
 
-        self.runner.on_run = on_run
+        self.runner.on_run, self.may_fail = on_run, True
         self.take(self.engine.step())
-        self.runner.on_run = lambda plan: frozenset()
+        self.runner.on_run, self.may_fail = lambda plan: frozenset(), False
 
     @rule(seconds=st.sampled_from([0.1, SAVE_TIMEOUT_S, LOOKUP_TIMEOUT_S]))
     def pass_time(self, seconds: float) -> None:
@@ -320,6 +321,7 @@ class EngineMachine(RuleBasedStateMachine):
                 case OutputEvent():
                     self.take_output(event)
                 case FailedEvent():
+                    assert self.may_fail, "a request failed that nobody told to"
                     request = self.requests_by_id[event.request_id]
                     request.has_failed = True
                     request.num_ends += 1
@@ -366,11 +368,16 @@ class EngineMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "engine"):
             return
-        for _ in range(3000):
+        for _ in range(20_000):
             if self.engine.num_requests == 0 and not self.engine.has_work:
                 break
-            # Nobody answers any more: only time ends what waits for the store.
-            self.now_s += 0.05
+            # Nobody answers any more: without work, only time ends what waits for the store.
+            if self.engine.has_work:
+                self.now_s += 0.002
+            else:
+                deadline_s = self.engine.next_deadline_s()
+                assert deadline_s is not None, "nothing to do and nothing to wait for"
+                self.now_s = max(self.now_s, deadline_s)
             self.take(self.engine.step())
         self.now_s += SAVE_TIMEOUT_S
         self.take(self.engine.step())

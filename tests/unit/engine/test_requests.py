@@ -205,6 +205,17 @@ def test_one_output_can_be_cancelled_before_the_fork() -> None:
         assert tokens_of(events, index) == expected_tokens(spec, index, context=128)
 
 
+def test_outputs_can_all_be_cancelled_before_the_fork() -> None:
+    engine, _ = fake_engine()
+    engine.submit(spec_of(length=30, n=2))
+    engine.step()
+    engine.cancel("r", 1)
+    engine.cancel("r", 0)
+    assert engine.num_requests == 0
+    assert run_until_idle(engine)["r"][-1].is_finished
+    assert engine.load().free_blocks == 32
+
+
 def test_an_index_that_does_not_exist_ends_nothing() -> None:
     engine, _ = fake_engine()
     engine.submit(spec_of(n=2, length=30))
@@ -372,6 +383,42 @@ def test_outputs_that_find_no_place_at_the_fork_come_later() -> None:
     for index in range(6):
         assert tokens_of(outputs, index) == expected_tokens(spec, index, context=48)
     assert engine.check_integrity() == []
+
+
+def test_a_newcomer_leaves_the_running_ones_a_page_each() -> None:
+    engine, _ = fake_engine(num_pages=8)
+    specs = [spec_of(f"r{i}", length=11, max_tokens=6) for i in range(2)]
+    for spec in specs:
+        engine.submit(spec)
+        engine.step()
+    # Three pages each now and four later: the second starts, a third would displace it.
+    engine.submit(spec_of("late", length=5, max_tokens=2))
+    run_until_idle(engine)
+    assert engine.load().num_preemptions == 0
+
+
+def test_a_newcomer_leaves_the_pages_of_a_prompt_that_is_being_computed() -> None:
+    engine, _ = fake_engine(num_pages=12, chunk_tokens=4)
+    engine.submit(spec_of("long", length=38, max_tokens=2))
+    engine.step()
+    engine.submit(spec_of("late", length=6, max_tokens=4))
+    run_until_idle(engine)
+    assert engine.load().num_preemptions == 0
+
+
+@pytest.mark.parametrize("num_pages", [13, 14, 15, 16])
+def test_a_decode_row_gives_way_to_a_prompt_that_comes_first(num_pages: int) -> None:
+    engine, _ = fake_engine(num_pages=num_pages, chunk_tokens=1, context=52)
+    low = spec_of("low", length=3, max_tokens=40)
+    high = spec_of("high", length=38, max_tokens=2, priority=1)
+    engine.submit(low)
+    for _ in range(4):
+        engine.step()
+    engine.submit(high)
+    outputs = run_until_idle(engine)
+    assert engine.load().num_preemptions == 1
+    assert tokens_of(outputs["high"]) == expected_tokens(high, 0, context=52)
+    assert tokens_of(outputs["low"])[-30:] == expected_tokens(low, 0, context=52)[-30:]
 
 
 def test_a_pool_that_holds_one_sequence_serves_many() -> None:
