@@ -22,6 +22,8 @@ from paceline.gateway.admission import Admission
 from paceline.gateway.fleet import FleetView
 from paceline.process.metrics import Metrics
 
+_BACKLOG = 128
+
 
 def create_app(
     fleet: FleetView, admission: Admission, metrics: Metrics, is_draining: Callable[[], bool]
@@ -102,6 +104,8 @@ class HttpServer:
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             self._socket.bind((host, port))
+            # Before this the port is not really taken: somebody else could bind it too.
+            self._socket.listen(_BACKLOG)
         except OSError as error:
             self._socket.close()
             raise OSError(f"{host}:{port} cannot be bound, is it taken?") from error

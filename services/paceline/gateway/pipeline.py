@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, contextmanager
 
-from paceline.domain.errors import NotFoundError, UnavailableError
+from paceline.domain.errors import DeadlineError, NotFoundError, UnavailableError
 from paceline.domain.member import ModelCard
 from paceline.gateway.admission import Admission
 from paceline.gateway.auth import Tenant
@@ -96,6 +96,7 @@ class Pipeline:
             PermissionDeniedError: the tenant may not name it.
             NotFoundError: it is not served here.
             UnavailableError: no worker appeared in time.
+            DeadlineError: `timeout_s` passed before.
         """
         served = self._settings.model_name
         tenant.check_model(name or served)
@@ -104,6 +105,8 @@ class Pipeline:
         wait_s = min(self._settings.wait_for_worker_s, timeout_s)
         await self._fleet.wait_for(lambda: self._fleet.card() is not None, wait_s)
         card = self._fleet.card()
+        if card is None and timeout_s <= wait_s:
+            raise DeadlineError("the deadline passed")
         if card is None:
             raise UnavailableError("no decode worker is ready")
         return card

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
-from tokenizers.processors import TemplateProcessing
 
 from paceline.domain.errors import InvalidRequestError
 from paceline.gateway.chat_template import ChatTemplate
@@ -39,8 +38,6 @@ class ModelTokenizer:
             name: _content(config[name]) for name in _SPECIAL_TOKENS if config.get(name)
         }
         self.tokenizer = _read_tokenizer(directory / "tokenizer.json")
-        if "add_bos_token" in config or "add_eos_token" in config:
-            self.tokenizer.post_processor = _ends(self.tokenizer, config, special_tokens)
         self.vocabulary = Vocabulary(self.tokenizer)
         """What detokenising needs."""
         tokens = self.tokenizer.get_vocab(with_added_tokens=True)
@@ -49,7 +46,7 @@ class ModelTokenizer:
         self._template = ChatTemplate(source, special_tokens) if source else None
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Tokenise text; `add_special_tokens` adds what the checkpoint puts around a prompt."""
+        """Tokenise text; `add_special_tokens` adds what tokenizer.json puts around a prompt."""
         return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
@@ -93,24 +90,3 @@ def _read_template(path: Path, config: Mapping[str, Any]) -> str | None:
 
 def _content(token: Any) -> str:
     return str(token.get("content", "") if isinstance(token, dict) else token)
-
-
-def _ends(
-    tokenizer: Tokenizer, config: Mapping[str, Any], special_tokens: Mapping[str, str]
-) -> TemplateProcessing:
-    """Return what adds begin and end of sequence where the configuration says so itself."""
-    added = {
-        name: token
-        for name, token in special_tokens.items()
-        if name in ("bos_token", "eos_token")
-        and config.get(f"add_{name}")
-        and tokenizer.token_to_id(token) is not None
-    }
-    single = " ".join(
-        f"{part}:0" for part in (added.get("bos_token"), "$A", added.get("eos_token")) if part
-    )
-    return TemplateProcessing(
-        single=single,
-        pair=f"{single} $B:1",
-        special_tokens=[(token, tokenizer.token_to_id(token)) for token in added.values()],
-    )

@@ -68,7 +68,7 @@ def chunk_of(
         index=index,
         token_ids=ids,
         logprobs=logprobs if spec.logprobs else [],
-        finish_reason=inference_pb2.FINISH_REASON_LENGTH if is_over else 0,
+        finish_reason=inference_pb2.FINISH_REASON_LENGTH if is_over else None,
         target_steps=len(ids),
     )
 
@@ -229,9 +229,7 @@ class ScriptedWorker:
 
     async def serve(self, port: int = 0, *, is_ready: bool = True) -> None:
         """Serve without being a member yet."""
-        self._server = create_server(
-            Metrics("test"), [], [self._add], host="127.0.0.1", port=port
-        )
+        self._server = create_server(Metrics("test"), [], [self._add], host="127.0.0.1", port=port)
         await self._server.start()
         self._server.set_ready(is_ready)
         address = self._server.address
@@ -266,8 +264,8 @@ class ScriptedWorker:
     # -- services -------------------------------------------------------------------------
 
     def _add(self, server: grpc.aio.Server) -> None:
-        worker_pb2_grpc.add_DecodeServiceServicer_to_server(self, server)  # type: ignore[arg-type]
-        worker_pb2_grpc.add_PrefillServiceServicer_to_server(self, server)  # type: ignore[arg-type]
+        worker_pb2_grpc.add_DecodeServiceServicer_to_server(self, server)
+        worker_pb2_grpc.add_PrefillServiceServicer_to_server(self, server)
         kvstore_pb2_grpc.add_KvNodeServiceServicer_to_server(_Node(self.pulls), server)
 
     async def Decode(

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, Self
 
 import grpc
-from google.rpc import error_details_pb2
+from google.rpc import error_details_pb2  # type: ignore[import-untyped]
 from grpc_status import rpc_status
 
-from paceline.domain.member import Role
+from paceline.domain.member import Member, Role
 from paceline.gateway.auth import Authenticator
 from paceline.gateway.fleet import FleetView
 from paceline.gateway.pipeline import Pipeline
@@ -32,7 +32,7 @@ from paceline.process.metrics import Metrics
 from paceline.rpc.server import create_server
 from paceline.v1 import inference_pb2, inference_pb2_grpc
 from paceline.v1.inference_pb2 import GenerateRequest, SamplingParams, TokenIds
-from tests.unit.gateway.scripted_worker import CARD, ScriptedWorker, Stage
+from tests.unit.gateway.scripted_worker import ScriptedWorker, Stage
 from tests.waiting import until
 
 DEMO = Path(__file__).parents[3] / "models" / "demo"
@@ -128,9 +128,7 @@ class Stack:
             settings, self.fleet, tokenizer, tokenise, lookup, route, self.metrics
         )
         authenticator = Authenticator.from_file(settings.api_keys)
-        servicer = InferenceServicer(
-            self.pipeline, tokenise, self.fleet, authenticator, settings
-        )
+        servicer = InferenceServicer(self.pipeline, tokenise, self.fleet, authenticator, settings)
         add: Any = inference_pb2_grpc.add_InferenceServiceServicer_to_server
         server = create_server(
             self.metrics,
@@ -155,19 +153,26 @@ class Stack:
             await worker.__aexit__()
         await self._exits.aclose()
 
-    async def add(self, role: Role = Role.DECODE, count: int = 1, **options: Any) -> Any:
+    async def add(self, role: Role = Role.DECODE, count: int = 1, **options: Any) -> ScriptedWorker:
         """Start workers, wait until the gateway knows them; return the last one."""
-        for _ in range(count):
-            worker = ScriptedWorker(self.stage, self.redis_url, self.name, role, **options)
-            self.workers.append(worker)
+        added = [
+            ScriptedWorker(self.stage, self.redis_url, self.name, role, **options)
+            for _ in range(count)
+        ]
+        self.workers += added
+        for worker in added:
             await worker.start()
-        await until(lambda: all(self.knows(worker) for worker in self.workers))
-        return self.workers[-1]
+        await until(lambda: all(map(self.knows, added)))
+        return added[-1]
 
     def knows(self, worker: ScriptedWorker) -> bool:
         """Whether the gateway sees the worker at its present address."""
         known = {(m.id, m.address) for m in self.fleet.members()}
         return (worker.member.id, worker.member.address) in known
+
+    def member(self, worker: ScriptedWorker) -> Member:
+        """Return the gateway's record of a worker."""
+        return next(m for m in self.fleet.members() if m.id == worker.member.id)
 
     # -- client ---------------------------------------------------------------------------
 
@@ -198,12 +203,17 @@ class Stack:
             and not any(self.fleet.in_flight.values())
             and not any(self.fleet.pending_tokens.values())
             and not any(worker.num_running for worker in self.workers)
-            and self.metrics.requests_running.collect()[0].samples[0].value == 0
+            and value_of(self.metrics.requests_running) == 0
         )
 
     async def until_at_rest(self, timeout_s: float = 5.0) -> None:
         """Wait until nothing is held for any request."""
         await until(self.at_rest, timeout_s)
+
+
+def value_of(metric: Any) -> float:
+    """Return the value of a metric without labels."""
+    return float(next(iter(metric.collect())).samples[0].value)
 
 
 async def _end(task: asyncio.Task[None]) -> None:
@@ -215,6 +225,3 @@ def request_for(prompt: Sequence[int] = (5, 6, 7), **fields: Any) -> GenerateReq
     """Return a request for ready token ids; greedy, 8 tokens."""
     fields = {"max_tokens": 8, "sampling": SamplingParams(temperature=0, seed=1), **fields}
     return GenerateRequest(token_ids=TokenIds(ids=prompt), **fields)
-
-
-__all__ = ["CARD", "DEMO", "LONG_PROMPT", "Answer", "Refusal", "Stack", "request_for"]

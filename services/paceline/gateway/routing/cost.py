@@ -44,11 +44,12 @@ class CostPolicy:
         self, request: RoutingRequest, fleet: FleetLoad, prefill: Member | None, decode: Member
     ) -> float:
         running = max(decode.load.num_running, fleet.in_flight.get(decode.id, 0))
-        seconds = _wait_s(fleet, prefill or decode)
+        first = prefill or decode
+        seconds = _wait_s(fleet, first) + _fetch_s(request, fleet, first)
         if prefill is None:
-            seconds += _prompt_s(request, fleet, decode) * (1 + max(1, running))
+            seconds += _compute_s(request, decode) * (1 + max(1, running))
         else:
-            seconds += _prompt_s(request, fleet, prefill) + fleet.hop_s
+            seconds += _compute_s(request, prefill) + fleet.hop_s
             seconds += _hand_over_s(request, fleet, prefill, decode)
         cost = decode.step_cost or _UNKNOWN
         attended = decode.load.context_tokens + request.num_tokens
@@ -65,19 +66,20 @@ def _wait_s(fleet: FleetLoad, worker: Member) -> float:
     return cost.prefill_s(ahead, 0, worker.prefill_chunk_tokens or _DEFAULT_CHUNK)
 
 
-def _prompt_s(request: RoutingRequest, fleet: FleetLoad, worker: Member) -> float:
-    """Predict fetching the longest stored prefix and computing the rest.
-
-    Blocks are fetched from the worker's own node as far as it has them, then from the best one.
-    """
-    blocks = max(request.holders.values(), default=0) if worker.node_id else 0
+def _fetch_s(request: RoutingRequest, fleet: FleetLoad, worker: Member) -> float:
+    """Predict fetching the longest stored prefix, from the worker's own node while it has it."""
     near = request.holders.get(worker.node_id, 0)
-    cached = min(blocks * request.block_size, request.num_tokens - 1)
+    far = _stored_blocks(request, worker) - near
+    return _move_s(request, fleet, near, far)
+
+
+def _compute_s(request: RoutingRequest, worker: Member) -> float:
+    """Predict computing what is not stored; the last token is part of the first decode step."""
+    stored = _stored_blocks(request, worker) * request.block_size
+    cached = min(stored, request.num_tokens - 1)
     cost = worker.step_cost or _UNKNOWN
     chunk = worker.prefill_chunk_tokens or _DEFAULT_CHUNK
-    fetch_s = near * request.block_bytes / fleet.near_bytes_per_s
-    fetch_s += (blocks - near) * request.block_bytes / fleet.far_bytes_per_s
-    return fetch_s + cost.prefill_s(request.num_tokens - 1 - cached, cached, chunk)
+    return cost.prefill_s(request.num_tokens - 1 - cached, cached, chunk)
 
 
 def _hand_over_s(
@@ -88,5 +90,15 @@ def _hand_over_s(
     near = request.holders.get(decode.node_id, 0)
     if prefill.node_id == decode.node_id:
         near = blocks
+    return _move_s(request, fleet, near, max(0, blocks - near))
+
+
+def _stored_blocks(request: RoutingRequest, worker: Member) -> int:
+    """Return how many leading blocks the worker can have from the store."""
+    return max(request.holders.values(), default=0) if worker.node_id else 0
+
+
+def _move_s(request: RoutingRequest, fleet: FleetLoad, near: int, far: int) -> float:
+    """Predict moving so many blocks on one node and between nodes."""
     seconds = near * request.block_bytes / fleet.near_bytes_per_s
-    return seconds + max(0, blocks - near) * request.block_bytes / fleet.far_bytes_per_s
+    return seconds + far * request.block_bytes / fleet.far_bytes_per_s

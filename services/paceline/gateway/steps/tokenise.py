@@ -25,6 +25,12 @@ _INLINE_CHARS = 4096
 _MESSAGE_CHARS = 64
 """Characters that take as long as what a chat template does for one message."""
 
+_HEAD_CHARS_PER_TOKEN = 8
+"""More than text has on average in any language; a token takes about 250 bytes here."""
+
+_SEAM_TOKENS = 64
+"""How many tokens a text may have less than its beginning alone: those at the cut."""
+
 
 class TokeniseStep:
     """Tokenises prompts and conversations of one model."""
@@ -84,14 +90,14 @@ class TokeniseStep:
         field = "messages" if is_chat else "prompt"
         messages = [{"role": m.role, "content": m.content} for m in request.messages.messages]
         texts = [m["content"] for m in messages] if is_chat else [request.prompt]
-        self._check_bytes(field, texts, model)
+        if is_chat:
+            self._check_bytes(field, texts, model)
 
         def encode() -> list[int]:
-            if not is_chat:
-                return self._tokenizer.encode(request.prompt)
-            text = self._tokenizer.render(messages)
+            text = self._tokenizer.render(messages) if is_chat else request.prompt
             self._check_bytes(field, [text], model)
-            return self._tokenizer.encode(text, add_special_tokens=False)
+            self._check_head(field, text, model)
+            return self._tokenizer.encode(text, add_special_tokens=not is_chat)
 
         if sum(map(len, texts)) + _MESSAGE_CHARS * len(messages) <= _INLINE_CHARS:
             ids = encode()
@@ -112,10 +118,21 @@ class TokeniseStep:
     def _check_bytes(self, field: str, texts: list[str], model: ModelCard) -> None:
         """Refuse text that would not fit even in the longest tokens."""
         num_bytes = sum(len(text.encode()) for text in texts)
-        least = num_bytes // self._tokenizer.longest_token_bytes
-        if least >= model.max_context_tokens:
-            raise InvalidRequestError(
-                field,
-                f"at least {least} tokens, at most {model.max_context_tokens - 1} fit the context",
-                reason="context-too-long",
-            )
+        _check_least(field, num_bytes // self._tokenizer.longest_token_bytes, model)
+
+    def _check_head(self, field: str, text: str, model: ModelCard) -> None:
+        """Refuse text whose beginning is too long already; all of it would take much memory."""
+        num_chars = model.max_context_tokens * _HEAD_CHARS_PER_TOKEN
+        if len(text) > num_chars:
+            ids = self._tokenizer.encode(text[:num_chars], add_special_tokens=False)
+            _check_least(field, len(ids) - _SEAM_TOKENS, model)
+
+
+def _check_least(field: str, num_tokens: int, model: ModelCard) -> None:
+    limit = model.max_context_tokens - 1
+    if num_tokens > limit:
+        raise InvalidRequestError(
+            field,
+            f"at least {num_tokens} tokens, at most {limit} fit the context",
+            reason="context-too-long",
+        )
