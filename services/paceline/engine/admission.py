@@ -25,13 +25,11 @@ class Admission:
 
     def has_candidate(self, now_s: float) -> bool:
         """Whether a sequence could start now if there is room; the others wait for the store."""
-        num_asking = 0
-        for sequence in self._scheduler.waiting:
+        for num_asking, sequence in enumerate(self._scheduler.waiting):
             if self._scheduler.num_startable(sequence) <= num_asking:
                 return False
             if not self._exchange.lookups.is_waiting(sequence, now_s):
                 return True
-            num_asking += 1
         return False
 
     def admit(self, now_s: float) -> list[EngineEvent]:

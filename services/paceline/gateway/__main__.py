@@ -9,6 +9,7 @@ import os
 import secrets
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 from paceline import __version__
 from paceline.domain.errors import UnavailableError
@@ -67,7 +68,7 @@ async def serve(settings: GatewaySettings) -> int:
     )
     await server.start()
     member = _member(settings, server, http)
-    heartbeat = Heartbeat(membership, lambda: member)
+    heartbeat = Heartbeat(membership, lambda: replace(member, is_draining=stop.is_set()))
     tasks.spawn(fleet.run(), "fleet", is_vital=True)
     tasks.spawn(heartbeat.run(), "heartbeat", is_vital=True)
     serving_http = tasks.spawn(http.run(), "http", is_vital=True)

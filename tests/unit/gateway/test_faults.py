@@ -152,7 +152,9 @@ async def test_a_full_worker_sends_the_request_to_another(redis: RedisServer) ->
         # A stream that has begun is not ended by a full worker.
         stack.stage.decode("begun", breaking(2, UNAVAILABLE), full, answering())
         request = request_for(request_id="begun")
-        assert ids_of(await stack.generate(request)) == expected(request, 8)
+        answer = await stack.generate(request)
+        assert ids_of(answer) == expected(request, 8)
+        assert answer.usage[0].migrations == 1
 
 
 async def test_a_hung_decode_worker_is_left_when_its_lease_ends(redis: RedisServer) -> None:

@@ -128,6 +128,7 @@ async def test_a_gateway_that_is_told_to_stop_ends_its_streams_first(
             return (await site.get("/readyz")).text == "draining\n"
 
         await until(is_draining)
+        assert '"is_draining":true' in (await site.get("/status")).text
         with pytest.raises(grpc.aio.AioRpcError) as error:
             async for _ in stub.Generate(request_for(), timeout=5):
                 pass

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import random
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -244,6 +246,46 @@ async def test_what_a_worker_refuses_is_our_fault_not_the_clients(redis: RedisSe
         refusal = await stack.refused(request_for(request_id="r"))
         assert refusal.code == grpc.StatusCode.INTERNAL
         assert "token 9" not in refusal.message
+
+
+async def test_a_storm_of_breaks_cancels_and_deadlines(redis: RedisServer) -> None:
+    draw = random.Random(4)
+    async with Stack(redis.url, max_attempts=6) as stack:
+        await stack.add(Role.PREFILL, count=2)
+        await stack.add(count=4)
+        stack.stage.decode_default = answering(pause_s=0.003)
+
+        async def broken_prefill(request: Any, context: Any) -> Any:
+            yield worker_pb2.PrefillResponse(published_tokens=16)
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "scripted")
+
+        async def client(number: int) -> None:
+            name, n = f"storm-{number}", draw.choice([1, 1, 3])
+            endings = draw.choices(list(ENDINGS.values()), k=draw.randrange(4))
+            scripts = [breaking(draw.randrange(6), e, draw.choice([1, 4])) for e in endings]
+            stack.stage.decode(name, *scripts)
+            if draw.random() < 0.3:
+                stack.stage.prefill(name, broken_prefill)
+            prompt = LONG_PROMPT if draw.random() < 0.4 else [5, number]
+            request = request_for(prompt, max_tokens=NUM_TOKENS, n=n, request_id=name)
+            fate = draw.random()
+            if fate < 0.6:
+                answer = await stack.generate(request)
+                assert ids_of(answer) == expected(request, NUM_TOKENS, n), name
+            elif fate < 0.8:
+                call = stack.call(request)
+                reading = asyncio.ensure_future(call.read())
+                await asyncio.wait({reading}, timeout=draw.random() * 0.2)
+                call.cancel()
+                await asyncio.gather(reading, return_exceptions=True)
+            else:
+                with suppress(grpc.aio.AioRpcError):
+                    await stack.generate(request, timeout=draw.random() * 0.2)
+
+        for start in range(0, 160, 40):
+            await asyncio.gather(*map(client, range(start, start + 40)))
+        await stack.until_at_rest()
+        assert not stack.fleet.in_flight and not stack.fleet.pending_tokens
 
 
 async def test_a_broken_prefill_costs_time_only(redis: RedisServer) -> None:

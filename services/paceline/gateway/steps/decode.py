@@ -102,6 +102,7 @@ class DecodeStep:
 
     async def _stream(self, ctx: RequestContext, worker: Member) -> AsyncIterator[TokenChunk]:
         request, timeout_s = self._request(ctx), ctx.remaining_s()
+        is_moved = ctx.num_output_tokens > 0
 
         def open_call(channel: grpc.aio.Channel) -> Any:
             stub: Any = worker_pb2_grpc.DecodeServiceStub(channel)
@@ -117,6 +118,10 @@ class DecodeStep:
                     if ctx.is_finished:
                         return
                     note_computed()
+                    if is_moved:
+                        is_moved = False
+                        ctx.migrations += 1
+                        self._metrics.migrations.inc()
                     if not ctx.computed_by:
                         ctx.computed_by = worker.id
                         ctx.note_cached(message.local_hit_tokens + message.store_hit_tokens)
@@ -152,9 +157,6 @@ class DecodeStep:
 
     def _note_break(self, ctx: RequestContext, worker: Member, error: PacelineError) -> None:
         self._fleet.suspect(worker)
-        if ctx.num_output_tokens:
-            ctx.migrations += 1
-            self._metrics.migrations.inc()
         fields = {
             "worker": worker.id,
             "reason": error.reason,
