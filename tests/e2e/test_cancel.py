@@ -84,6 +84,9 @@ async def test_cancelled_requests_leave_nothing_behind(platform: Platform) -> No
         # A few descriptors and tasks belong to connections that come and go by themselves.
         return {k: (before[k], now[k]) for k in before if now[k] > before[k] + 3}
 
-    until_sync(lambda: not grown(), 20)
+    try:
+        until_sync(lambda: not grown(), 30)
+    except AssertionError as error:
+        raise AssertionError(f"grown: {grown()}") from error
     assert rss_mb(platform.pid("gateway")) - memory < 40.0
     assert fleet_metric(platform, "paceline_requests_running", "gateway") == 0

@@ -98,9 +98,13 @@ def breaking(after: int, ending: Callable[[Any], Any], step: int = 1) -> DecodeS
     async def script(
         request: worker_pb2.DecodeRequest, context: Any
     ) -> AsyncIterator[worker_pb2.DecodeResponse]:
-        messages = answer(request, step=step)
-        for _ in range(after):
-            yield await anext(messages)
+        left = after
+        if left:
+            async for message in answer(request, step=step):
+                yield message
+                left -= 1
+                if not left:
+                    break
         await ending(context)
 
     return script

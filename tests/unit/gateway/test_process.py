@@ -128,7 +128,11 @@ async def test_a_gateway_that_is_told_to_stop_ends_its_streams_first(
             return (await site.get("/readyz")).text == "draining\n"
 
         await until(is_draining)
-        assert '"is_draining":true' in (await site.get("/status")).text
+
+        async def is_told() -> bool:
+            return '"is_draining":true' in (await site.get("/status")).text
+
+        await until(is_told)
         with pytest.raises(grpc.aio.AioRpcError) as error:
             async for _ in stub.Generate(request_for(), timeout=5):
                 pass

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import time
+from dataclasses import replace
 from typing import Any
 
 import grpc
 import pytest
 
 from paceline.domain.blocks import chain_keys, salt_key
+from paceline.domain.errors import InvalidRequestError
 from paceline.domain.member import Role
+from paceline.gateway.steps.tokenise import TokeniseStep
 from paceline.kvstore.index import BlockIndex
 from paceline.v1 import worker_pb2
 from paceline.v1.inference_pb2 import (
@@ -22,7 +26,7 @@ from paceline.v1.inference_pb2 import (
     SamplingParams,
 )
 from tests.redis_server import RedisServer
-from tests.unit.gateway.scripted_worker import CARD, answering, breaking, chunk_of, hang
+from tests.unit.gateway.scripted_worker import CARD, abort, answering, breaking, chunk_of, hang
 from tests.unit.gateway.stack import (
     LONG_PROMPT,
     Stack,
@@ -313,6 +317,35 @@ async def test_the_largest_text_that_may_fit_is_tokenised_in_bounded_time(
             await stack.generate(request_for(max_tokens=1))
             assert await slow in ("ok", "context-too-long")
             assert time.monotonic() - started < 3.0
+
+
+async def test_a_large_context_does_not_make_a_large_text_cheap_to_send() -> None:
+    step = TokeniseStep(demo_tokenizer(), 16, lambda: 0)
+    card = replace(CARD, max_context_tokens=20_000)
+    draw = random.Random(1)
+    text = "".join(draw.choices("abcdefgh", k=1_000_000))
+    with pytest.raises(InvalidRequestError) as error:
+        await step.encode(GenerateRequest(prompt=text), card, 10.0)
+    assert error.value.reason == "context-too-long"
+    # Counted in the text's beginning only: all of it has seven times as many.
+    number = int(error.value.message.split()[2])
+    assert 20_000 <= number < 160_000
+
+
+async def test_workers_of_two_checkpoints_are_never_mixed(redis: RedisServer) -> None:
+    async with Stack(redis.url, wait_for_worker_s=0.3) as stack:
+        await stack.add(card=replace(CARD, kv_root=bytes(16)))
+        await stack.add(count=2)
+        await stack.add(Role.PREFILL, card=replace(CARD, kv_root=bytes(16)))
+        unavailable = abort(grpc.StatusCode.UNAVAILABLE)
+        for number in range(6):
+            stack.stage.decode(f"r-{number}", breaking(1, unavailable))
+        await asyncio.gather(
+            *(stack.generate(request_for(LONG_PROMPT, request_id=f"r-{i}")) for i in range(6))
+        )
+        other, *same, prefill = stack.workers
+        assert not other.decode_calls and not prefill.prefill_calls
+        assert all(worker.decode_calls for worker in same)
 
 
 async def _outcome(stack: Stack, request: GenerateRequest) -> str:
