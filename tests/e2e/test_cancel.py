@@ -17,6 +17,9 @@ from tests.platform import Platform
 from tests.waiting import until_sync
 
 NUM_WARM, NUM_REQUESTS, NUM_CLIENTS = 200, 2000, 24
+SLACK = 12
+"""Pools of up to 8 connections to Redis fill as they are needed, and have tasks of their own."""
+
 ROLES = ("gateway", "prefill", "decode", "kvstore")
 
 
@@ -81,8 +84,7 @@ async def test_cancelled_requests_leave_nothing_behind(platform: Platform) -> No
 
     def grown() -> dict[str, tuple[int, int]]:
         now = footprint(platform)
-        # A few descriptors and tasks belong to connections that come and go by themselves.
-        return {k: (before[k], now[k]) for k in before if now[k] > before[k] + 3}
+        return {k: (before[k], now[k]) for k in before if now[k] > before[k] + SLACK}
 
     try:
         until_sync(lambda: not grown(), 30)

@@ -108,6 +108,14 @@ def test_a_nucleus_is_the_smallest_set_that_reaches_its_mass(top_p: float) -> No
         assert mass - float(probabilities[kept].min()) < top_p + 1e-12
 
 
+@pytest.mark.parametrize(
+    ("top_p", "num_kept"), [(0.25, 1), (0.26, 2), (0.5, 2), (0.75, 3), (0.76, 4), (1.0, 4)]
+)
+def test_a_nucleus_that_is_reached_exactly_grows_no_further(top_p: float, num_kept: int) -> None:
+    kept = truncate(torch.zeros(1, 4), (0, top_p, 0.0))[0] > float("-inf")
+    assert int(kept.sum()) == num_kept
+
+
 def test_sorting_few_tokens_first_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     logits_RV = torch.randn(20, 5000) * 3
     params = [(0, 0.05 * (r + 1) - 0.01, 0.0) for r in range(20)]

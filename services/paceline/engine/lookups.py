@@ -61,9 +61,9 @@ class Lookups:
         One that comes first takes the place of the last that was asked, whose pins go back.
         """
         events: list[LookupEvent | LoadedEvent] = []
-        for lookup in list(self._asked.values()):
+        for lookup in self._of_sequence.values():
             if lookup.blocks is None and lookup.deadline_s <= now_s:
-                self._release(lookup)
+                self._asked.pop(lookup.id or 0, None)
                 lookup.blocks = ()
         queued = [x for x in self._of_sequence.values() if x.id is None and x.blocks is None]
         for lookup in sorted(queued, key=_order):

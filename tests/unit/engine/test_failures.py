@@ -12,12 +12,12 @@ from paceline.domain.errors import InternalError
 from paceline.domain.request import GenerationSpec, SamplingParams
 from paceline.engine.build import build_engine
 from paceline.engine.engine import Engine
-from paceline.engine.events import EngineEvent, FailedEvent, OutputEvent
+from paceline.engine.events import EngineEvent, FailedEvent, LookupEvent, OutputEvent, SavedEvent
 from paceline.engine.options import EngineOptions
 from paceline.engine.step import StepPlan
 from tests.checkpoints import random_checkpoint
 from tests.unit.engine.fake_runner import FakeRunner, expected_tokens, fake_engine, prompt_of
-from tests.unit.engine.memory_arena import tokens_of
+from tests.unit.engine.memory_arena import MemoryArena, tokens_of
 
 
 def spec_of(name: str, length: int = 10, **fields: object) -> GenerationSpec:
@@ -136,6 +136,30 @@ def test_what_a_failed_row_computed_is_not_cached() -> None:
     assert not failures
     assert outputs["r"][0].local_hit_tokens == 4
     assert tokens_of(outputs["r"]) == expected_tokens(spec_of("r", length=12), 0, context=64)
+
+
+def test_nan_in_a_chunk_is_found_before_anybody_can_reuse_it(tmp_path: Path) -> None:
+    """Also where nothing is drawn yet: the chunk's blocks are neither cached nor saved."""
+    directory = random_checkpoint("qwen2", tmp_path / "qwen2")
+    options = EngineOptions(model=str(directory), num_kv_blocks=64, chunk_tokens=32)
+    engine, card = build_engine(options)
+    arena = MemoryArena(64, card.block_bytes)
+    engine.attach_arena(arena)
+    engine.grant_slots([arena.free.pop() for _ in range(64)])
+    with torch.inference_mode():
+        engine._runner._model._embedding_VE[1234] = float("nan")  # type: ignore[attr-defined]
+    spec = GenerationSpec("bad", (*range(40), 1234, *range(100)), max_tokens=4)
+    engine.submit(spec, is_prefill_only=True)
+    (lookup,) = engine.step()
+    assert isinstance(lookup, LookupEvent)
+    engine.answer_lookup(lookup.lookup_id, ())
+    events = [*engine.step(), *engine.step(), *engine.step()]
+    assert [e.reason for e in events if isinstance(e, FailedEvent)] == ["nan-logits"]
+    # Two blocks of the first chunk are sound; nothing of the second is found by anybody.
+    saved = [b.key for e in events if isinstance(e, SavedEvent) for b in e.blocks]
+    assert len(saved) == 2
+    assert engine.load().num_steps == 2
+    assert engine.load().free_blocks == 64
 
 
 def test_one_poisoned_token_of_a_real_model_fails_one_request(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from paceline.domain.request import GenerationSpec
-from paceline.engine import kv_exchange
+from paceline.engine import kv_exchange, lookups
 from paceline.engine.engine import Engine
 from paceline.engine.events import EngineEvent, LoadedEvent, LookupEvent, OutputEvent, SavedEvent
 from paceline.engine.kv_exchange import SAVE_TIMEOUT_S
@@ -197,6 +197,31 @@ def test_waiting_for_the_store_is_no_work_and_ends_in_time() -> None:
     for i in range(MAX_LOOKUPS + 4):
         output = tokens_of(rig.outputs(f"r{i}"))
         assert output == expected_tokens(spec_of(f"r{i}"), 0, context=400)
+
+
+def test_a_lookup_that_is_overdue_is_no_deadline_any_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else the host would spin while the sequences have to wait for something else."""
+    monkeypatch.setattr(lookups, "MAX_LOOKUPS", 1)
+    rig = Rig.make(max_num_seqs=2)
+    rig.engine.attach_arena(new_arena())
+    for i in range(2):
+        rig.engine.submit(spec_of(f"low{i}"))
+    rig.step()
+    rig.now_s = LOOKUP_TIMEOUT_S - 1
+    for i in range(2):
+        rig.engine.submit(spec_of(f"high{i}", priority=1), is_prefill_only=True)
+        rig.step()
+        rig.engine.answer_lookup(rig.lookups()[-1].lookup_id, ())
+        rig.step(4)
+    # One of the low ones was asked for and gave way, the other never had its turn.
+    assert [e.request_id for e in rig.lookups()][:3] == ["low0", "high0", "low0"]
+    rig.now_s = LOOKUP_TIMEOUT_S
+    rig.step()
+    # The prefills have their places until their blocks are written or given up.
+    assert not rig.engine.has_work
+    assert rig.engine.next_deadline_s() == LOOKUP_TIMEOUT_S - 1 + SAVE_TIMEOUT_S
 
 
 def test_an_answer_that_comes_late_is_handed_back() -> None:

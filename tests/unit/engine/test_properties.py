@@ -369,6 +369,7 @@ class EngineMachine(RuleBasedStateMachine):
         if not hasattr(self, "engine"):
             return
         for _ in range(20_000):
+            self.take(self.engine.step())
             if self.engine.num_requests == 0 and not self.engine.has_work:
                 break
             # Nobody answers any more: without work, only time ends what waits for the store.
@@ -377,8 +378,8 @@ class EngineMachine(RuleBasedStateMachine):
             else:
                 deadline_s = self.engine.next_deadline_s()
                 assert deadline_s is not None, "nothing to do and nothing to wait for"
-                self.now_s = max(self.now_s, deadline_s)
-            self.take(self.engine.step())
+                assert deadline_s > self.now_s, "nothing to do at a time that is over"
+                self.now_s = deadline_s
         self.now_s += SAVE_TIMEOUT_S
         self.take(self.engine.step())
         self.books_hold()

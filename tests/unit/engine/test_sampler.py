@@ -272,6 +272,20 @@ def test_noise_for_candidates_only_changes_no_token(monkeypatch: pytest.MonkeyPa
     assert tokens_of(logits_RV, specs) == sparse
 
 
+def test_equal_noisy_logits_give_the_lowest_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever way noise was made, so that a tie does not tell them apart."""
+    monkeypatch.setattr(sampler, "gumbel_noise", lambda *keys: torch.zeros(1, VOCAB))
+    monkeypatch.setattr(sampler, "gumbel_noise_at", lambda *keys: torch.zeros(keys[-1].shape))
+    generator = torch.Generator().manual_seed(8)
+    for _ in range(50):
+        tied = torch.randperm(VOCAB, generator=generator)[:5]
+        logits_V = torch.randn(VOCAB, generator=generator)
+        logits_V[tied] = 9.0
+        for top_k in (0, 5, 50):
+            spec = spec_of(SamplingParams(top_k=top_k))
+            assert tokens_of(logits_V[None], [spec]) == [int(tied.min())]
+
+
 def test_a_drawn_token_is_the_best_after_noise() -> None:
     """The coupled rule, spelt out: a drafter with the same key can foresee the token."""
     generator = torch.Generator().manual_seed(7)
