@@ -35,7 +35,8 @@ proto: $(STAMP) ## Regenerate the stubs from proto/
 	scripts/generate_stubs.sh
 
 test: $(STAMP) ## Run the whole suite
-	OMP_NUM_THREADS=1 $(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile tests/unit tests/kernels tests/docs
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/e2e
 
 demo: $(STAMP) ## Start a platform on free ports, send it prompts and check what it promises
 	@$(BIN)/paceline demo
