@@ -34,3 +34,11 @@ def until_sync(condition: Callable[[], T], timeout_s: float = 10.0) -> T:
             return value
         assert time.monotonic() < deadline, f"condition not met within {timeout_s} s"
         time.sleep(_POLL_S)
+
+
+async def stays(condition: Callable[[], bool], duration_s: float) -> None:
+    """Watch that something does not change for a while; fail as soon as it does."""
+    end = time.monotonic() + duration_s
+    while time.monotonic() < end:
+        assert condition(), f"the condition did not hold for {duration_s} s"
+        await asyncio.sleep(_POLL_S)

@@ -16,7 +16,7 @@ from paceline.v1.inference_pb2 import GenerateRequest, Message, MessageList
 from tests.redis_server import RedisServer
 from tests.unit.gateway.scripted_worker import abort, answering, breaking, hang
 from tests.unit.gateway.stack import LONG_PROMPT, Stack, refusal_of, request_for
-from tests.waiting import until
+from tests.waiting import stays, until
 
 
 async def no_worker(stack: Stack) -> GenerateRequest:
@@ -118,7 +118,7 @@ async def test_a_client_may_cancel(redis: RedisServer, phase: Any) -> None:
         call = stack.call(request)
         reading = asyncio.ensure_future(_read_all(call))
         await until(lambda: stack.pipeline.admission.num_running == 1)
-        await asyncio.sleep(0.3)
+        await stays(lambda: not reading.done(), 0.3)
         call.cancel()
         # Within an engine step, were there one.
         await stack.until_at_rest(1)

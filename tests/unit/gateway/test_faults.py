@@ -27,7 +27,7 @@ from tests.unit.gateway.scripted_worker import (
 )
 from tests.unit.gateway.stack import LONG_PROMPT, Answer, Stack, request_for, value_of
 from tests.unit.gateway.test_resume import expected, ids_of
-from tests.waiting import until
+from tests.waiting import stays, until
 
 UNAVAILABLE = abort(grpc.StatusCode.UNAVAILABLE)
 
@@ -68,12 +68,11 @@ async def test_a_request_survives_the_restart_of_the_only_worker(redis: RedisSer
     async with Stack(redis.url) as stack:
         worker = await stack.add(worker_id="decode")
         task = await running(stack, num_tokens=20)
-        await asyncio.sleep(0.2)
+        await until(lambda: value_of(stack.metrics.completion_tokens) >= 2)
         await worker.kill()
         late = asyncio.create_task(stack.generate(request_for(max_tokens=4)))
         # Long after the lease of the dead one and all belief in it.
-        await asyncio.sleep(LEASE_S + VANISHED_S + 1.5)
-        assert not task.done() and not late.done()
+        await stays(lambda: not task.done() and not late.done(), LEASE_S + VANISHED_S + 1.5)
         await stack.add(worker_id="decode")
         answer = await task
         assert ids_of(answer) == expected(request_for(), 20)
@@ -87,8 +86,7 @@ async def test_a_dead_worker_with_a_record_costs_no_attempts(redis: RedisServer)
         worker = await stack.add(worker_id="decode")
         await worker._server.drain(0.0)
         task = asyncio.create_task(stack.generate(request_for(max_tokens=4)))
-        await asyncio.sleep(2.5)
-        assert not task.done()
+        await stays(lambda: not task.done(), 2.5)
         await worker.fall_silent()
         await stack.add(worker_id="decode")
         assert len((await task).ids[0]) == 4
@@ -100,10 +98,10 @@ async def test_a_worker_back_on_its_old_port_is_found(redis: RedisServer) -> Non
         port = int(worker.member.address.rpartition(":")[2])
         task = await running(stack, num_tokens=20)
         await worker._server.drain(0.0)
-        await asyncio.sleep(0.5)
+        await stays(lambda: not task.done(), 0.5)
         await worker.serve(port, is_ready=False)
-        await asyncio.sleep(0.5)
-        assert len(worker.decode_calls) == 1, "was given work before it was ready"
+        # Not given work before it is ready.
+        await stays(lambda: len(worker.decode_calls) == 1, 0.5)
         worker._server.set_ready(True)
         answer = await asyncio.wait_for(task, 5)
         assert ids_of(answer) == expected(request_for(), 20)
@@ -119,7 +117,7 @@ async def test_nobody_comes_in_time(redis: RedisServer) -> None:
         assert refusal.retry_s
         worker = await stack.add()
         task = await running(stack, num_tokens=20)
-        await asyncio.sleep(0.3)
+        await until(lambda: value_of(stack.metrics.completion_tokens) >= 2)
         await worker.kill()
         with pytest.raises(grpc.aio.AioRpcError) as error:
             await task
@@ -224,7 +222,7 @@ async def test_a_flushed_redis_moves_no_stream(own_redis: RedisServer) -> None:
         while not all(task.done() for task in tasks):
             own_redis.command("FLUSHALL")
             assert await stack.generate(request_for(LONG_PROMPT, max_tokens=1))
-            await asyncio.sleep(0.4)
+            await stays(lambda: value_of(stack.metrics.migrations) == 0, 0.4)
         for task in tasks:
             answer = await task
             assert ids_of(answer) == expected(request_for(), 60)
@@ -239,7 +237,7 @@ async def test_a_silent_stream_outlives_a_flush(own_redis: RedisServer) -> None:
         stack.stage.decode_default = answering(pause_s=0.8)
         task = asyncio.create_task(stack.generate(request_for(max_tokens=4)))
         for _ in range(5):
-            await asyncio.sleep(0.5)
+            await stays(lambda: value_of(stack.metrics.migrations) == 0, 0.5)
             own_redis.command("FLUSHALL")
         assert (await task).usage[0].migrations == 0
 
@@ -256,12 +254,12 @@ async def test_a_restarted_redis_costs_no_request(own_redis: RedisServer) -> Non
         # Longer than any lease.
         for _ in range(4):
             assert await stack.generate(request_for(LONG_PROMPT, max_tokens=1))
-            await asyncio.sleep(0.7)
+            await stays(lambda: not task.done(), 0.7)
         own_redis.start()
         await until(lambda: stack.fleet.has_redis)
         for _ in range(3):
             assert await stack.generate(request_for(LONG_PROMPT, max_tokens=1))
-            await asyncio.sleep(0.7)
+            await stays(lambda: not task.done(), 0.7)
         await until(lambda: not stack.fleet._vanished)
         answer = await task
         assert answer.usage[0].migrations == 0
