@@ -28,10 +28,10 @@ from paceline.v1.inference_pb2 import (
     TokenIds,
 )
 from tests.e2e.probe import fleet_metric, members, metric, rss_mb, until_at_rest
-from tests.e2e.refusal import Refusal, refusal_of, refused, stub_of
 from tests.e2e.side_gateway import side_gateway, write_keys
 from tests.e2e.tcp_proxy import TcpProxy
 from tests.platform import Platform
+from tests.refusal import Refusal, refusal_of, refused, stub_of
 from tests.waiting import until, until_sync
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT

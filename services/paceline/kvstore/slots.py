@@ -121,11 +121,6 @@ class SlotTable:
         offsets = self._geometry.slot_offsets(slab, entry.shape.block_bytes)
         return [offset for offset in offsets if offset not in entry.free]
 
-    @property
-    def num_free_slabs(self) -> int:
-        """Slabs without a layout."""
-        return len(self._free_slabs)
-
     def free_offsets(self) -> list[int]:
         """Return all free slots of slabs that have a layout."""
         return [offset for slab in self._slabs.values() for offset in slab.free]

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import grpc
-from google.rpc import error_details_pb2  # type: ignore[import-untyped]
-from grpc_status import rpc_status
 
 from paceline.domain.member import Member, Role
 from paceline.gateway.auth import Authenticator
@@ -32,6 +30,7 @@ from paceline.process.metrics import Metrics
 from paceline.rpc.server import create_server
 from paceline.v1 import inference_pb2, inference_pb2_grpc
 from paceline.v1.inference_pb2 import GenerateRequest, SamplingParams, TokenIds
+from tests.refusal import Refusal, refusal_of
 from tests.unit.gateway.scripted_worker import ScriptedWorker, Stage
 from tests.waiting import until
 
@@ -68,33 +67,6 @@ class Answer:
         if response.finish_reason:
             self.finish_reason[index] = response.finish_reason
             self.usage[index] = response.usage
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """What a failed call told its client."""
-
-    code: grpc.StatusCode
-    message: str
-    reason: str = ""
-    field: str = ""
-    retry_s: float | None = None
-
-
-def refusal_of(error: Any) -> Refusal:
-    """Unpack a failed call."""
-    reason, where, retry_s = "", "", None
-    status = rpc_status.from_call(error)
-    for detail in status.details if status is not None else ():
-        info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
-        retry = error_details_pb2.RetryInfo()
-        if detail.Unpack(info):
-            reason = info.reason
-        elif detail.Unpack(bad):
-            where = bad.field_violations[0].field
-        elif detail.Unpack(retry):
-            retry_s = retry.retry_delay.ToMilliseconds() / 1000
-    return Refusal(error.code(), error.details(), reason, where, retry_s)
 
 
 class Stack:

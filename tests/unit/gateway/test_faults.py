@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -30,17 +28,6 @@ from tests.unit.gateway.test_resume import expected, ids_of
 from tests.waiting import stays, until
 
 UNAVAILABLE = abort(grpc.StatusCode.UNAVAILABLE)
-
-
-@pytest.fixture
-def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
-    """Run a Redis that a test may flush and kill."""
-    server = RedisServer(tmp_path)
-    server.start()
-    try:
-        yield server
-    finally:
-        server.kill()
 
 
 async def running(stack: Stack, *, num_tokens: int, **fields: Any) -> asyncio.Task[Answer]:
@@ -214,13 +201,13 @@ async def test_a_prefill_that_reports_is_given_its_time(redis: RedisServer) -> N
         assert answer.usage[0].prefill_worker == stack.workers[0].member.id
 
 
-async def test_a_flushed_redis_moves_no_stream(own_redis: RedisServer) -> None:
-    async with Stack(own_redis.url) as stack:
+async def test_a_flushed_redis_moves_no_stream(redis_server: RedisServer) -> None:
+    async with Stack(redis_server.url) as stack:
         await stack.add(Role.PREFILL)
         await stack.add(count=2)
         tasks = [await running(stack, num_tokens=60, request_id=f"r-{i}") for i in range(4)]
         while not all(task.done() for task in tasks):
-            own_redis.command("FLUSHALL")
+            redis_server.command("FLUSHALL")
             assert await stack.generate(request_for(LONG_PROMPT, max_tokens=1))
             await stays(lambda: value_of(stack.metrics.migrations) == 0, 0.4)
         for task in tasks:
@@ -230,32 +217,32 @@ async def test_a_flushed_redis_moves_no_stream(own_redis: RedisServer) -> None:
         assert value_of(stack.metrics.migrations) == 0
 
 
-async def test_a_silent_stream_outlives_a_flush(own_redis: RedisServer) -> None:
-    async with Stack(own_redis.url) as stack:
+async def test_a_silent_stream_outlives_a_flush(redis_server: RedisServer) -> None:
+    async with Stack(redis_server.url) as stack:
         await stack.add()
         # Silent for longer than WATCH_S at a time, so that each look counts.
         stack.stage.decode_default = answering(pause_s=0.8)
         task = asyncio.create_task(stack.generate(request_for(max_tokens=4)))
         for _ in range(5):
             await stays(lambda: value_of(stack.metrics.migrations) == 0, 0.5)
-            own_redis.command("FLUSHALL")
+            redis_server.command("FLUSHALL")
         assert (await task).usage[0].migrations == 0
 
 
-async def test_a_restarted_redis_costs_no_request(own_redis: RedisServer) -> None:
-    async with Stack(own_redis.url) as stack:
+async def test_a_restarted_redis_costs_no_request(redis_server: RedisServer) -> None:
+    async with Stack(redis_server.url) as stack:
         await stack.add(Role.PREFILL)
         await stack.add()
         assert value_of(stack.metrics.redis_up) == 1
         task = await running(stack, num_tokens=140)
-        own_redis.kill()
+        redis_server.kill()
         await until(lambda: not stack.fleet.has_redis)
         assert value_of(stack.metrics.redis_up) == 0
         # Longer than any lease.
         for _ in range(4):
             assert await stack.generate(request_for(LONG_PROMPT, max_tokens=1))
             await stays(lambda: not task.done(), 0.7)
-        own_redis.start()
+        redis_server.start()
         await until(lambda: stack.fleet.has_redis)
         for _ in range(3):
             assert await stack.generate(request_for(LONG_PROMPT, max_tokens=1))
@@ -266,17 +253,17 @@ async def test_a_restarted_redis_costs_no_request(own_redis: RedisServer) -> Non
         assert value_of(stack.metrics.redis_up) == 1
 
 
-async def test_a_hung_redis_costs_half_a_second_at_most(own_redis: RedisServer) -> None:
-    async with Stack(own_redis.url) as stack:
+async def test_a_hung_redis_costs_half_a_second_at_most(redis_server: RedisServer) -> None:
+    async with Stack(redis_server.url) as stack:
         await stack.add()
-        own_redis.pause()
+        redis_server.pause()
         try:
             started = time.monotonic()
             for _ in range(5):
                 assert await stack.generate(request_for(range(4, 40), max_tokens=1))
             assert time.monotonic() - started < 2.0
         finally:
-            own_redis.resume()
+            redis_server.resume()
 
 
 async def test_a_stream_from_a_worker_that_left_the_fleet_ends_by_itself(
