@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+KERNELS := kernels/paceline_kernels/cpu
+KERNELS_STAMP := $(VENV)/.kernels
 
 .DEFAULT_GOAL := help
 .PHONY: help setup check fmt proto test demo up
@@ -10,13 +12,18 @@ STAMP := $(VENV)/.installed
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-8s %s\n", $$1, $$2}'
 
-setup: $(STAMP) ## Create .venv with everything (PYTHON= chooses the interpreter)
+setup: $(STAMP) $(KERNELS_STAMP) ## Create .venv with everything (PYTHON= chooses the interpreter)
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check 'torch~=2.13.0'
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[worker,local,dev]'
+	@touch $@
+
+# Without a compiler it says so and the torch implementation is used.
+$(KERNELS_STAMP): $(STAMP) $(KERNELS)/build.py $(wildcard $(KERNELS)/csrc/*)
+	$(BIN)/python -m paceline_kernels.cpu.build
 	@touch $@
 
 check: $(STAMP) ## Lint, types, import rules, wire contracts
@@ -34,7 +41,7 @@ fmt: $(STAMP) ## Format the code
 proto: $(STAMP) ## Regenerate the stubs from proto/
 	scripts/generate_stubs.sh
 
-test: $(STAMP) ## Run the whole suite
+test: $(STAMP) $(KERNELS_STAMP) ## Run the whole suite
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile tests/unit tests/kernels tests/docs
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/e2e
 

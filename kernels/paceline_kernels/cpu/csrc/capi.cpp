@@ -1,0 +1,192 @@
+// The C interface that Python calls by ctypes. Pointers are raw; their sizes are checked there.
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <string>
+
+#include "decoder.h"
+
+using namespace paceline;
+
+namespace {
+
+const Table* chosen = nullptr;
+std::unique_ptr<Team> team;
+
+const Table& table() { return chosen ? *chosen : *(chosen = find_table(nullptr)); }
+
+Team& current_team() {
+  if (!team) team = std::make_unique<Team>(1);
+  return *team;
+}
+
+struct Linear {
+  OwnedWeight owned;
+};
+
+std::vector<float> floats(const float* p, int n) {
+  return p ? std::vector<float>(p, p + n) : std::vector<float>();
+}
+
+}  // namespace
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+// Changes whenever a signature or a structure here does.
+int pl_interface() { return 1; }
+
+const char* pl_isa() { return table().name; }
+
+// 0 if the machine runs it. Decoders made before keep theirs.
+int pl_use_isa(const char* name) {
+  const Table* found = find_table(name);
+  if (found) chosen = found;
+  return found ? 0 : -1;
+}
+
+int pl_threads() { return current_team().size(); }
+
+// Decoders of before must be gone.
+void pl_set_threads(int threads) {
+  if (threads != current_team().size()) team = std::make_unique<Team>(threads);
+}
+
+// ---- operations ------------------------------------------------------------------------------
+
+void pl_rms_norm(const float* x, const float* weight, float eps, int rows, int size, float* out) {
+  for (int r = 0; r < rows; ++r) {
+    table().rms_norm(x + int64_t(r) * size, weight, eps, size, out + int64_t(r) * size);
+  }
+}
+
+void pl_rotate(float* x, const int64_t* positions, const float* cos_sin, int rows, int heads,
+               int size) {
+  for (int r = 0; r < rows; ++r) {
+    for (int h = 0; h < heads; ++h) {
+      table().rotate(x + (int64_t(r) * heads + h) * size, cos_sin + positions[r] * 2 * size, size);
+    }
+  }
+}
+
+void* pl_linear_new(int type, const void* weight, int source_type, int outputs, int inputs,
+                    const float* bias, int is_gated) {
+  const Source whole{static_cast<const uint8_t*>(weight), Type(source_type), outputs};
+  return new Linear{pack_weight(Type(type), &whole, 1, inputs, is_gated != 0, bias)};
+}
+
+void pl_linear_free(void* linear) { delete static_cast<Linear*>(linear); }
+
+// x [rows, inputs] float32 -> out [rows, outputs], or half as many when gated.
+void pl_linear(void* linear, const float* x, int rows, int is_gated, float* out) {
+  const PackedWeight& w = static_cast<Linear*>(linear)->owned.weight;
+  Team& threads = current_team();
+  const ptrdiff_t stride = operand_stride(w);
+  HugeBuffer operand(size_t(round_up(rows, kRowBlock)) * stride);
+  std::vector<float> scales(rows);
+  const Product product{&w, {operand.data(), stride, scales.data()}, rows,
+                        is_gated ? Epilogue::kGate : Epilogue::kStore, out,
+                        is_gated ? w.outputs / 2 : w.outputs};
+  threads.run([&](int thread) {
+    ThreadScratch* scratch = table().new_scratch();
+    table().enter();
+    for (int r; (r = threads.next_task()) < rows;) {
+      table().prepare_row(w.type, x + int64_t(r) * w.inputs, nullptr, 0, w.inputs, w.padded,
+                          operand.data() + r * stride, &scales[r]);
+    }
+    threads.barrier();
+    table().product(threads, thread, product, *scratch);
+    table().leave();
+    table().free_scratch(scratch);
+  });
+}
+
+// One layer's attention as an operation by itself; `split` forces the way of few lanes.
+void pl_attention(const AttentionShape* shape, uint8_t* kv, ptrdiff_t page_bytes,
+                  const Batch* batch, const float* q, float* out, int split) {
+  const Pages pages{kv, page_bytes};
+  const ptrdiff_t stride = ptrdiff_t(shape->heads) * shape->head_size;
+  const size_t partial = table().partial_floats(*shape);
+  ThreadScratch* scratch = table().new_scratch();
+  table().enter();
+  for (int r = 0; r < batch->rows; ++r) {
+    const int all = (batch->cu_q[r + 1] - batch->cu_q[r]) * (shape->heads / shape->kv_heads);
+    const int splits = (batch->kv_lens[r] + kKvSplit - 1) / kKvSplit;
+    const int run = all <= 16 ? std::min(shape->kv_heads, kTilesPerItem) : 1;
+    for (int g = 0; g < shape->kv_heads; g += run) {
+      const int heads = std::min(run, shape->kv_heads - g), most = split ? 16 : 16 * kTilesPerItem;
+      for (int lane = 0; lane < all; lane += most) {
+        AttentionItem item{r, g, heads, lane, std::min(most, all - lane), -1, splits, 0};
+        if (!split) {
+          table().attend(*shape, pages, *batch, item, q, stride, out, stride, nullptr, *scratch);
+          continue;
+        }
+        std::vector<float> partials(splits * heads * partial);
+        for (item.split = 0; item.split < splits; ++item.split) {
+          table().attend(*shape, pages, *batch, item, q, stride, out, stride,
+                         &partials[item.split * heads * partial], *scratch);
+        }
+        table().join_splits(*shape, pages, *batch, item, partials.data(), out, stride, *scratch);
+      }
+    }
+  }
+  table().leave();
+  table().free_scratch(scratch);
+}
+
+// ---- decoder ---------------------------------------------------------------------------------
+
+struct LayerPointers {
+  Source qkv[3];
+  Source o;
+  Source gate_up[2];
+  Source down;
+  const float *input_norm, *post_norm, *q_norm, *k_norm;
+  const float *qkv_bias, *o_bias, *gate_up_bias, *down_bias;
+  int window;
+};
+
+void* pl_decoder_new(const DecoderConfig* config) {
+  return new Decoder(*config, table(), current_team());
+}
+
+void pl_decoder_free(void* decoder) { delete static_cast<Decoder*>(decoder); }
+
+// Packs one layer and lets go of the file's pages that held it.
+void pl_decoder_layer(void* decoder, const DecoderConfig* c, int index, const LayerPointers* p) {
+  Layer& layer = static_cast<Decoder*>(decoder)->layers[index];
+  const int q_size = c->heads * c->head_size;
+  const Type type = c->weight_type;
+  layer.qkv = pack_weight(type, p->qkv, 3, c->hidden, false, p->qkv_bias);
+  layer.o = pack_weight(type, &p->o, 1, q_size, false, p->o_bias);
+  layer.gate_up = pack_weight(type, p->gate_up, 2, c->hidden, true, p->gate_up_bias);
+  layer.down = pack_weight(type, &p->down, 1, c->inner, false, p->down_bias);
+  layer.input_norm = floats(p->input_norm, c->hidden);
+  layer.post_norm = floats(p->post_norm, c->hidden);
+  layer.q_norm = floats(p->q_norm, c->head_size);
+  layer.k_norm = floats(p->k_norm, c->head_size);
+  layer.window = p->window;
+}
+
+void pl_decoder_ends(void* decoder, const DecoderConfig* c, const Source* embedding,
+                     const Source* head, const float* norm) {
+  Decoder& d = *static_cast<Decoder*>(decoder);
+  d.embedding = *embedding;
+  d.head = pack_weight(c->weight_type, head, 1, c->hidden, false, nullptr);
+  d.final_norm = floats(norm, c->hidden);
+}
+
+void pl_decoder_forward(void* decoder, const Step* step, float* residuals) {
+  static_cast<Decoder*>(decoder)->forward(*step, residuals);
+}
+
+void pl_decoder_logits(void* decoder, const float* residuals, const int64_t* rows, int count,
+                       float* out) {
+  static_cast<Decoder*>(decoder)->logits(residuals, rows, count, out);
+}
+
+void pl_drop_file_pages(const void* data, size_t bytes) { drop_file_pages(data, bytes); }
+
+}  // extern "C"
+#pragma GCC visibility pop

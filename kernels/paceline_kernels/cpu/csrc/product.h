@@ -1,0 +1,299 @@
+// Matrix products with packed weights: one tile of 32 tokens by 32 output features at a time.
+//
+// Every output sums its inputs in one fixed order, whatever the number of tokens beside it and
+// wherever the input range is cut, so a token's result does not depend on its batch.
+#pragma once
+
+#include <type_traits>
+
+#include "simd.h"
+#include "types.h"
+
+namespace paceline {
+namespace PACELINE_ISA {
+
+// Results of a tile product, [tokens][32]; int32 while the weight is int8.
+union alignas(64) Tile {
+  float f32[kRowBlock][kPanel];
+  int32_t i32[kRowBlock][kPanel];
+};
+
+#if defined(__AVX512F__)
+constexpr int kF32Rows = 12;  // 24 of 32 registers accumulate
+#elif defined(__AVX2__)
+constexpr int kF32Rows = 3;
+#else
+constexpr int kF32Rows = 1;
+#endif
+
+// Weights are asked for so many bytes before they are used. Arithmetic on several tokens fills the
+// core's window with so few loads that memory would be waited for otherwise.
+constexpr int kAhead = 2048;
+
+template <int R>
+void f32_rows(const uint8_t* a, ptrdiff_t stride, const uint8_t* panel, int begin, int end,
+              float (*c)[kPanel], bool accumulate) {
+  f32x16 acc[R][2];
+  for (int r = 0; r < R; ++r) {
+    for (int h = 0; h < 2; ++h) acc[r][h] = accumulate ? load(c[r] + 16 * h) : f32x16{};
+  }
+  const float* b = reinterpret_cast<const float*>(panel) + size_t(begin) * kPanel;
+  for (int k = begin; k < end; ++k, b += kPanel) {
+    __builtin_prefetch(reinterpret_cast<const uint8_t*>(b) + kAhead);
+    __builtin_prefetch(reinterpret_cast<const uint8_t*>(b) + kAhead + 64);
+    const f32x16 b0 = load(b), b1 = load(b + 16);
+    for (int r = 0; r < R; ++r) {
+      const float x = reinterpret_cast<const float*>(a + r * stride)[k];
+      acc[r][0] += x * b0;
+      acc[r][1] += x * b1;
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int h = 0; h < 2; ++h) store(c[r] + 16 * h, acc[r][h]);
+  }
+}
+
+// Pairs of bf16: the product of the first of each pair, then of the second.
+template <int R>
+void bf16_rows(const uint8_t* a, ptrdiff_t stride, const uint8_t* panel, int begin, int end,
+               float (*c)[kPanel], bool accumulate) {
+  f32x16 acc[R][2];
+  for (int r = 0; r < R; ++r) {
+    for (int h = 0; h < 2; ++h) acc[r][h] = accumulate ? load(c[r] + 16 * h) : f32x16{};
+  }
+  for (int k = begin; k < end; k += 2) {
+    const uint8_t* b = panel + size_t(k / 32) * 2048 + (k % 32) * 32;
+    for (int h = 0; h < 2; ++h) {
+      u32x16 w;
+      std::memcpy(&w, b + 1024 * h, sizeof w);
+      __builtin_prefetch(b + 1024 * h + kAhead);
+#if defined(__AVX512BF16__)
+      for (int r = 0; r < R; ++r) {
+        int32_t pair;
+        std::memcpy(&pair, a + r * stride + 2 * k, sizeof pair);
+        acc[r][h] = (f32x16)_mm512_dpbf16_ps((__m512)acc[r][h], (__m512bh)_mm512_set1_epi32(pair),
+                                             (__m512bh)(__m512i)w);
+      }
+#else
+      const f32x16 first = (f32x16)(w << 16), second = (f32x16)(w & 0xFFFF0000u);
+      for (int r = 0; r < R; ++r) {
+        uint32_t pair;
+        std::memcpy(&pair, a + r * stride + 2 * k, sizeof pair);
+        const uint32_t low = pair << 16, high = pair & 0xFFFF0000u;
+        float x0, x1;
+        std::memcpy(&x0, &low, sizeof x0);
+        std::memcpy(&x1, &high, sizeof x1);
+        acc[r][h] += x0 * first;
+        acc[r][h] += x1 * second;
+      }
+#endif
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int h = 0; h < 2; ++h) store(c[r] + 16 * h, acc[r][h]);
+  }
+}
+
+// Quads of int8, exact in int32.
+template <int R>
+void i8_rows(const uint8_t* a, ptrdiff_t stride, const uint8_t* panel, int begin, int end,
+             int32_t (*c)[kPanel], bool accumulate) {
+  i32x16 acc[R][2] = {};
+  if (accumulate) std::memcpy(acc, c, sizeof acc);
+  for (int k = begin; k < end; k += 4) {
+    const uint8_t* b = panel + size_t(k / 64) * 2048 + (k % 64) * 16;
+    for (int h = 0; h < 2; ++h) {
+      i32x16 w;
+      std::memcpy(&w, b + 1024 * h, sizeof w);
+      __builtin_prefetch(b + 1024 * h + kAhead);
+#if defined(__AVX512VNNI__)
+      for (int r = 0; r < R; ++r) {
+        int32_t quad;
+        std::memcpy(&quad, a + r * stride + k, sizeof quad);
+        // Unsigned by signed: 128 is added to x here and 128 * sum(w) taken off at the end.
+        const __m512i x = _mm512_set1_epi32(quad ^ int32_t(0x80808080));
+        acc[r][h] = (i32x16)_mm512_dpbusd_epi32((__m512i)acc[r][h], x, (__m512i)w);
+      }
+#else
+      const i32x16 w0 = (w << 24) >> 24, w1 = (w << 16) >> 24, w2 = (w << 8) >> 24, w3 = w >> 24;
+      for (int r = 0; r < R; ++r) {
+        const int8_t* x = reinterpret_cast<const int8_t*>(a + r * stride + k);
+        acc[r][h] += w0 * int32_t(x[0]) + w1 * int32_t(x[1]) + w2 * int32_t(x[2]) +
+                     w3 * int32_t(x[3]);
+      }
+#endif
+    }
+  }
+  std::memcpy(c, acc, sizeof acc);
+}
+
+// Calls the template instance for `rows` <= Most.
+template <int Most, typename Call>
+void with_rows(int rows, Call&& call) {
+  if constexpr (Most > 1) {
+    if (rows < Most) return with_rows<Most - 1>(rows, call);
+  }
+  call(std::integral_constant<int, Most>{});
+}
+
+#if defined(__AMX_TILE__)
+
+// Tiles: 0 to 3 accumulate (2 x 2), 4 and 5 hold tokens, 6 and 7 weights.
+struct alignas(64) TileConfig {
+  uint8_t palette = 1;
+  uint8_t start_row = 0;
+  uint8_t reserved[14] = {};
+  uint16_t bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+inline thread_local int configured_tiles = 0;
+
+// Another library may have changed the tiles since this thread was here last.
+inline void forget_tiles() { configured_tiles = 0; }
+
+// Tiles of fewer rows take less time, so a decode step of few tokens configures just those.
+inline void configure_tiles(int tokens) {
+  const int first = tokens < 16 ? tokens : 16;
+  if (configured_tiles == first) return;
+  TileConfig config;
+  for (int t = 0; t < 8; ++t) {
+    config.bytes[t] = 64;
+    config.rows[t] = 16;
+  }
+  config.rows[0] = config.rows[1] = config.rows[4] = uint8_t(first);
+  _tile_loadconfig(&config);
+  configured_tiles = first;
+}
+
+template <bool kInt8, bool kTwo, bool kStreams>
+void amx_tiles(const uint8_t* a, ptrdiff_t stride, const uint8_t* b, int steps, void* c,
+               bool accumulate) {
+  uint8_t* low = static_cast<uint8_t*>(c);
+  uint8_t* high = low + 16 * kPanel * 4;
+  constexpr int kStride = kPanel * 4;
+  if (accumulate) {
+    _tile_loadd(0, low, kStride);
+    _tile_loadd(1, low + 64, kStride);
+    if constexpr (kTwo) {
+      _tile_loadd(2, high, kStride);
+      _tile_loadd(3, high + 64, kStride);
+    }
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    if constexpr (kTwo) {
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+  }
+  for (int s = 0; s < steps; ++s, a += 64, b += 2048) {
+    if constexpr (kStreams) {
+      for (int line = 0; line < 2048; line += 64) __builtin_prefetch(b + kAhead + line);
+    }
+    _tile_loadd(6, b, 64);
+    _tile_loadd(4, a, stride);
+    _tile_loadd(7, b + 1024, 64);
+    if constexpr (kInt8) {
+      _tile_dpbssd(0, 4, 6);
+      _tile_dpbssd(1, 4, 7);
+    } else {
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if constexpr (kTwo) {
+      _tile_loadd(5, a + 16 * stride, stride);
+      if constexpr (kInt8) {
+        _tile_dpbssd(2, 5, 6);
+        _tile_dpbssd(3, 5, 7);
+      } else {
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+    }
+  }
+  _tile_stored(0, low, kStride);
+  _tile_stored(1, low + 64, kStride);
+  if constexpr (kTwo) {
+    _tile_stored(2, high, kStride);
+    _tile_stored(3, high + 64, kStride);
+  }
+}
+
+template <bool kInt8>
+void amx_product(const uint8_t* a, ptrdiff_t stride, const uint8_t* panel, int begin, int end,
+                 int rows, bool streams, Tile& c, bool accumulate) {
+  constexpr int kStep = kInt8 ? 64 : 32;
+  const uint8_t* b = panel + size_t(begin / kStep) * 2048;
+  const int steps = (end - begin) / kStep;
+  a += begin * (kInt8 ? 1 : 2);
+  configure_tiles(rows);
+  if (rows <= 16) {
+    amx_tiles<kInt8, false, true>(a, stride, b, steps, &c, accumulate);
+  } else if (streams) {
+    amx_tiles<kInt8, true, true>(a, stride, b, steps, &c, accumulate);
+  } else {
+    amx_tiles<kInt8, true, false>(a, stride, b, steps, &c, accumulate);
+  }
+}
+
+#endif
+
+// c = a [rows, begin..end) times the panel's transposed weights, or c += that.
+//
+// `a` must be readable for whole 16-row tiles; inputs are cut at multiples of 64. `streams` says
+// that the weights come from memory, not from a product with other tokens just before.
+inline void tile_product(const PackedWeight& w, int panel, const Operand& operand, int row0,
+                         int rows, int begin, int end, [[maybe_unused]] bool streams, Tile& c,
+                         bool accumulate) {
+  const uint8_t* b = w.data + panel * w.panel_bytes();
+  const uint8_t* a = operand.data + row0 * operand.stride;
+  const ptrdiff_t stride = operand.stride;
+#if defined(__AMX_TILE__)
+  if (w.type == Type::kBF16) {
+    return amx_product<false>(a, stride, b, begin, end, rows, streams, c, accumulate);
+  }
+  if (w.type == Type::kI8) {
+    return amx_product<true>(a, stride, b, begin, end, rows, streams, c, accumulate);
+  }
+#endif
+  for (int r = 0; r < rows; r += kF32Rows, a += kF32Rows * stride) {
+    with_rows<kF32Rows>(rows - r, [&](auto count) {
+      constexpr int R = decltype(count)::value;
+      if (w.type == Type::kF32) {
+        f32_rows<R>(a, stride, b, begin, end, c.f32 + r, accumulate);
+      } else if (w.type == Type::kBF16) {
+        bf16_rows<R>(a, stride, b, begin, end, c.f32 + r, accumulate);
+      } else {
+        i8_rows<R>(a, stride, b, begin, end, c.i32 + r, accumulate);
+      }
+    });
+  }
+}
+
+// Turns sums of int8 products into numbers, and adds the bias.
+inline void finish_tile(const PackedWeight& w, int panel, const float* row_scales, int rows,
+                        Tile& c) {
+  const int first = panel * kPanel;
+  for (int h = 0; h < 2; ++h) {
+    const f32x16 bias = w.bias ? load(w.bias + first + 16 * h) : f32x16{};
+    if (w.type == Type::kI8) {
+      const f32x16 scales = load(w.scales + first + 16 * h);
+      i32x16 sums = {};
+#if defined(__AVX512VNNI__) && !defined(__AMX_TILE__)
+      std::memcpy(&sums, w.sums + first + 16 * h, sizeof sums);
+#endif
+      for (int r = 0; r < rows; ++r) {
+        i32x16 v;
+        std::memcpy(&v, c.i32[r] + 16 * h, sizeof v);
+        const f32x16 y = __builtin_convertvector(v - sums, f32x16) * (scales * row_scales[r]);
+        store(c.f32[r] + 16 * h, y + bias);
+      }
+    } else if (w.bias) {
+      for (int r = 0; r < rows; ++r) store(c.f32[r] + 16 * h, load(c.f32[r] + 16 * h) + bias);
+    }
+  }
+}
+
+}  // namespace PACELINE_ISA
+}  // namespace paceline
