@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from paceline import __version__
+from paceline.cli.bench import bench
 from paceline.cli.demo import demo
 from paceline.cli.generate import generate
 from paceline.cli.status import status
@@ -46,3 +47,4 @@ app.command()(up)
 app.command()(generate)
 app.command()(status)
 app.command()(demo)
+app.add_typer(bench)

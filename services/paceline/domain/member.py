@@ -93,7 +93,7 @@ class Member:
             card["kv_root"] = bytes.fromhex(card["kv_root"])
             known["model"] = ModelCard(**card)
         if known.get("step_cost") is not None:
-            known["step_cost"] = StepCost(**_known(StepCost, known["step_cost"]))
+            known["step_cost"] = StepCost.from_json(known["step_cost"])
         known["load"] = Load(**_known(Load, known.get("load") or {}))
         return cls(**known)
 

@@ -35,6 +35,9 @@ class Admission:
     def admit(self, now_s: float) -> list[EngineEvent]:
         """Start what can start; return the questions to the store and the ends of pins."""
         scheduler, events, num_asking = self._scheduler, list[EngineEvent](), 0
+        if not scheduler.waiting:
+            # Nobody who waits, nobody who asks: the usual step.
+            return events
         for sequence in list(scheduler.waiting):
             if scheduler.num_startable(sequence) <= num_asking:
                 break

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from paceline import __version__
 from paceline.domain.blocks import chain_root
 from paceline.domain.cost import StepCost
 from paceline.engine.blocks import BlockPool
-from paceline.engine.cost import measure_step_cost
+from paceline.engine.chunking import StepPace
+from paceline.engine.cost import MAX_TIMED_CONTEXT, known_step_cost
+from paceline.engine.cost_store import (
+    CostKey,
+    CostStore,
+    cache_directory,
+    processor_fingerprint,
+)
 from paceline.engine.engine import Engine
 from paceline.engine.models.config import ModelConfig, load_model_config
 from paceline.engine.models.decoder import DecoderModel
 from paceline.engine.options import EngineOptions
+from paceline.engine.probe import StepTimer
 from paceline.engine.runner import Runner
 from paceline.engine.scheduler import Scheduler
 from paceline.engine.weights import load_tensors, model_digest
@@ -60,14 +70,8 @@ def build_engine(options: EngineOptions) -> tuple[Engine, EngineCard]:
         max_context_tokens=max_context,
     )
     runner = Runner(model, num_pages=num_pages, block_size=options.block_size, dtype=dtype)
-    cost = measure_step_cost(
-        runner,
-        num_pages=num_pages,
-        block_size=options.block_size,
-        max_context_tokens=max_context,
-        chunk=options.chunk_tokens,
-    )
     digest = model_digest(directory)
+    cost = _step_cost(options, runner, digest, num_pages, max_context)
     root = chain_root(digest, options.dtype, options.block_size)
     scheduler = Scheduler(
         BlockPool(num_pages),
@@ -76,6 +80,7 @@ def build_engine(options: EngineOptions) -> tuple[Engine, EngineCard]:
         step_tokens=options.chunk_tokens,
         max_context_tokens=max_context,
         eos_token_ids=frozenset(config.eos_token_ids),
+        pace=StepPace(cost, options.mixed_step_ratio),
     )
     engine = Engine(
         runner, scheduler, kv_root=root, vocab_size=config.vocab_size, monotonic=time.monotonic
@@ -94,12 +99,33 @@ def build_engine(options: EngineOptions) -> tuple[Engine, EngineCard]:
     return engine, card
 
 
+def _step_cost(
+    options: EngineOptions, runner: Runner, digest: str, num_pages: int, max_context_tokens: int
+) -> StepCost:
+    """Return what steps take: as kept since an earlier start, or measured now."""
+    key = CostKey(
+        model_digest=digest,
+        dtype=options.dtype,
+        machine=processor_fingerprint(),
+        threads=options.threads,
+        backend=f"paceline {__version__}, torch {torch.__version__}",
+        block_size=options.block_size,
+        chunk_tokens=options.chunk_tokens,
+        max_context_tokens=min(max_context_tokens, MAX_TIMED_CONTEXT),
+        batch_invariant=options.batch_invariant,
+    )
+    timer = StepTimer(runner, num_pages=num_pages, block_size=options.block_size)
+    return known_step_cost(CostStore(cache_directory(os.environ)), key, timer)
+
+
 def _check_options(options: EngineOptions) -> None:
     if options.dtype not in _DTYPES:
         raise ValueError(f"dtype {options.dtype!r}: expected one of {sorted(_DTYPES)}")
     for name in ("block_size", "chunk_tokens", "max_num_seqs", "threads", "kv_memory_mb"):
         if getattr(options, name) < 1:
             raise ValueError(f"{name} {getattr(options, name)}: expected at least 1")
+    if options.mixed_step_ratio < 1:
+        raise ValueError(f"mixed_step_ratio {options.mixed_step_ratio}: expected at least 1")
 
 
 def _num_pages(options: EngineOptions, config: ModelConfig, dtype: torch.dtype) -> int:

@@ -1,106 +1,101 @@
 """Measures what a step costs on this machine, for every decision made in seconds.
 
-A handful of steps of different shapes is timed on the real runner and a non-negative linear
-model is fitted (domain/cost.py states it). worker/engine_process.py runs it once at start,
-before requests arrive; pages it scribbles on belong to nobody yet. Workers that start together
-share cores for the moment: the time on the CPU tells what a step takes when they do not.
+Steps of different shapes are timed on the real runner (probe.py) and fitted (cost_fit.py);
+domain/cost.py states the model. cost_store.py keeps the fit for the next start, which then
+only checks it. build.py calls this file before requests arrive.
 """
 
 from __future__ import annotations
 
-import itertools
-import time
-from collections.abc import Callable
-from typing import Protocol
-
-import numpy as np
-
 from paceline.domain.cost import StepCost
-from paceline.domain.request import SamplingParams
-from paceline.engine.step import Row, SampleSpec, StepPlan, StepResult
+from paceline.engine.cost_fit import Grid, fit_step_cost
+from paceline.engine.cost_store import CostKey, CostStore
+from paceline.engine.probe import ProbeStep, StepTimer
 
-_REPEATS = 3
+_ROWS = (1, 2, 4, 8, 16, 17, 24, 32)
+"""Decoding rows that are timed; kernels work in tiles of 16, so the first row of a second
+tile is one of them."""
 
-_LEAST_S = 1e-7
-"""What a step takes at least; a clock may say 0."""
+_CHUNKS = (1, 2, 8, 16, 32, 64, 128, 256, 512)
+"""Chunk sizes that are timed, as far as a step may have them."""
 
+_SHORT, _MIDDLE, _LONG, _LONGEST = 16, 512, 1024, 1536
+"""Contexts of timed steps, as far as a sequence may have them."""
 
-class _StepRunner(Protocol):
-    def run(self, plan: StepPlan) -> StepResult: ...
+MAX_TIMED_CONTEXT = 1600
+"""No timed step needs longer sequences; what lies behind is extrapolated."""
 
+_CONTEXTS = (0, 2048, 8192, 16384, 24576, 32768, 49152)
+"""Where the curve over contexts may bend: what the timed steps attend to, nearly."""
 
-def measure_step_cost(
-    runner: _StepRunner,
-    *,
-    num_pages: int,
-    block_size: int,
-    max_context_tokens: int,
-    chunk: int,
-    cpu_s: Callable[[], float] = time.process_time,
-) -> StepCost:
-    """Time decode and prefill shapes and fit them; takes well under a second on a small model.
-
-    `cpu_s` is the processor time of this process, summed over its threads.
-    """
-    longest = min(max_context_tokens, num_pages * block_size) - 1
-    context = max(1, min(longest // 2, 512))
-    shapes = [(1, 1, 0), (1, 1, context), (4, 1, context // 4), (8, 1, context // 8)]
-    chunks = {min(c, longest - 1) for c in (16, chunk // 2, chunk)}
-    shapes += [(1, c, 0) for c in sorted(chunks) if c > 1]
-    shapes += [(1, min(chunk, longest - context), context)] if longest > context + 1 else []
-    features, times = [], []
-    for rows, tokens, start in shapes:
-        plan = _plan(rows, tokens, start, num_pages, block_size)
-        runner.run(plan)
-        times.append(min(_undisturbed_s(runner, plan, cpu_s) for _ in range(_REPEATS)))
-        attended = rows * (tokens * start + tokens * (tokens + 1) // 2)
-        features.append([1.0, rows, rows * tokens, attended])
-    base, row, token, attended_s = _fit(np.array(features), np.array(times))
-    return StepCost(base_s=base, row_s=row, token_s=token, context_s=attended_s)
+_MAX_DRIFT = 0.3
+"""How far a kept fit may be off before it is measured again; runs differ by a tenth."""
 
 
-def _undisturbed_s(runner: _StepRunner, plan: StepPlan, cpu_s: Callable[[], float]) -> float:
-    """Time one step; the smaller of wall and processor time leaves out waiting for a core."""
-    started_s = cpu_s()
-    elapsed_s = runner.run(plan).elapsed_s
-    return min(elapsed_s, cpu_s() - started_s)
+def known_step_cost(store: CostStore, key: CostKey, timer: StepTimer) -> StepCost:
+    """Return the kept fit if three steps agree with it, else a new one, which is kept."""
+    sizes = {"max_context_tokens": key.max_context_tokens, "chunk": key.chunk_tokens}
+    # Workers that start together need the same fit: one measures, undisturbed, the others wait.
+    with store.exclusive(key):
+        kept = store.load(key)
+        if kept is not None and is_still_true(kept, timer, **sizes):
+            return kept
+        cost = measure_step_cost(timer, **sizes)
+        store.save(key, cost)
+        return cost
 
 
-def _fit(features: np.ndarray, times: np.ndarray) -> list[float]:
-    """Non-negative least squares on relative errors: the best of all sets of active features.
-
-    With four features that is 15 small systems, exact and without an iteration to go astray.
-    """
-    times = np.maximum(times, _LEAST_S)
-    weighted = features / times[:, None]
-    num_features = features.shape[1]
-    best, best_error = np.zeros(num_features), np.inf
-    for size in range(1, num_features + 1):
-        for active in map(list, itertools.combinations(range(num_features), size)):
-            # Columns differ by orders of magnitude: without scaling small ones are rank noise.
-            scales = np.maximum(np.abs(weighted[:, active]).max(axis=0), np.finfo(float).tiny)
-            solution, *_ = np.linalg.lstsq(
-                weighted[:, active] / scales, np.ones(len(times)), rcond=None
-            )
-            error = float(np.square(weighted[:, active] / scales @ solution - 1.0).sum())
-            if (solution >= 0).all() and error < best_error:
-                best, best_error = np.zeros(num_features), error
-                best[active] = solution / scales
-    return [float(value) for value in best]
+def measure_step_cost(timer: StepTimer, *, max_context_tokens: int, chunk: int) -> StepCost:
+    """Time some 30 steps that decode, prefill and do both, and fit them."""
+    chunks = _chunk_sizes(chunk, max_context_tokens)
+    steps = _steps(chunks, max_context_tokens)
+    seconds = timer.best_s(steps)
+    grid = Grid(tokens=chunks, rows=(0, *_ROWS), contexts=_CONTEXTS)
+    return fit_step_cost([step.shape for step in steps], seconds, grid)
 
 
-def _plan(rows: int, tokens: int, start: int, num_pages: int, block_size: int) -> StepPlan:
-    per_row = -(-(start + tokens) // block_size)
-    spec = SampleSpec(SamplingParams(temperature=0.0), stream=0, position=1, num_logprobs=0)
-    return StepPlan(
-        tuple(
-            Row(
-                sequence_id=r,
-                token_ids=(0,) * tokens,
-                start=start,
-                pages=tuple((r * per_row + b) % num_pages for b in range(per_row)),
-                sample=spec,
-            )
-            for r in range(rows)
-        )
+def is_still_true(cost: StepCost, timer: StepTimer, *, max_context_tokens: int, chunk: int) -> bool:
+    """Time three steps and tell whether their prediction is near, by the middle one."""
+    short, middle = (min(n, max_context_tokens - 1) for n in (_SHORT, _MIDDLE))
+    largest = _chunk_sizes(chunk, max_context_tokens)[-1]
+    steps = [
+        ProbeStep(starts=(short,)),
+        ProbeStep(starts=(middle,) * 4),
+        ProbeStep(chunks=((min(64, largest), 0),)),
+    ]
+    measured_s = timer.best_s(steps)
+    ratios = [cost.step_s(step.shape) / s for step, s in zip(steps, measured_s, strict=True)]
+    middle_ratio = sorted(ratios)[len(ratios) // 2]
+    return 1 / (1 + _MAX_DRIFT) <= middle_ratio <= 1 + _MAX_DRIFT
+
+
+def _chunk_sizes(chunk: int, longest: int) -> tuple[int, ...]:
+    largest = max(1, min(chunk, longest))
+    return (*(c for c in _CHUNKS if c < largest), largest)
+
+
+def _steps(chunks: tuple[int, ...], longest: int) -> list[ProbeStep]:
+    """Return what is timed; no row is longer than `longest` tokens."""
+    sizes = (_SHORT, _MIDDLE, _LONG, _LONGEST)
+    short, middle, long, end = (min(n, longest - 1) for n in sizes)
+    largest = chunks[-1]
+    steps = [ProbeStep(starts=(short,) * rows) for rows in _ROWS]
+    contexts = (
+        (1, middle),
+        (1, end),
+        (4, middle),
+        (8, long),
+        (16, long),
+        (24, long),
+        (20, end),
+        (32, end),
     )
+    steps += [ProbeStep(starts=(start,) * rows) for rows, start in contexts]
+    steps += [ProbeStep(chunks=((tokens, 0),)) for tokens in chunks]
+    for tokens in sorted({min(16, largest), min(64, largest), min(128, largest)}):
+        steps.append(ProbeStep(chunks=((tokens, max(0, min(long, longest - tokens))),)))
+    mixed = ((4, short, 64), (8, middle, 64), (16, short, 16), (32, short, 32))
+    for rows, start, tokens in mixed:
+        chunk = (min(tokens, largest), 0)
+        steps.append(ProbeStep((start,) * rows, (chunk,)))
+    return steps

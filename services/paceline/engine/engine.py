@@ -53,6 +53,8 @@ class Engine:
         self._exchange = KvExchange(scheduler.pool, runner, scheduler.block_size, kv_root)
         self._admission = Admission(scheduler, self._exchange)
         self._requests: dict[str, Request] = {}
+        self._leaders: list[Sequence] = []
+        """Sequences to fork or to finish when their prompt is computed."""
         self._events: list[EngineEvent] = []
         self._num_arrivals = 0
         self._num_sequences = 0
@@ -97,6 +99,8 @@ class Engine:
             return
         request.is_forked = len(indices) == 1
         first = self._new_sequence(request, indices[0])
+        if first.is_leader:
+            self._leaders.append(first)
         self._scheduler.add(first)
         if request.is_forked and not is_prefill_only:
             self._resume([first])
@@ -204,10 +208,22 @@ class Engine:
         """Requests that are not over."""
         return len(self._requests)
 
+    @property
+    def runner(self) -> StepRunner:
+        """What computes the steps; for measuring while nothing runs."""
+        return self._runner
+
+    @property
+    def last_step_s(self) -> float:
+        """Seconds that the runner took for the last step."""
+        return self._last_step_s
+
     # -- inside a step --------------------------------------------------------------------
 
     def _settle_leaders(self, now_s: float) -> None:
         """Fork or finish sequences that computed the prompt for others."""
+        if not self._leaders:
+            return
         for leader in [s for s in self._scheduler.running if s.is_leader]:
             if leader.num_remaining > 0:
                 continue
@@ -220,6 +236,7 @@ class Engine:
             if leader.request.num_unsaved == 0:
                 self._finish(leader, None)
                 self._end_request(leader.request)
+        self._leaders = [s for s in self._leaders if s.is_leader and s.phase is not Phase.FINISHED]
 
     def _fork(self, leader: Sequence) -> None:
         request = leader.request

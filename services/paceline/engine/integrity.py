@@ -21,6 +21,9 @@ def check_queues(
         for id, count in Counter(s.id for s in [*waiting, *running]).items()
         if count > 1
     ]
+    for name, queue in (("waiting", waiting), ("running", running)):
+        if queue != sorted(queue, key=Sequence.order):
+            problems.append(f"{name} sequences out of order")
     for s in waiting:
         if s.phase is not Phase.WAITING:
             problems.append(f"sequence {s.id}: waits and is {s.phase.value}")

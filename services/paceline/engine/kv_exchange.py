@@ -94,13 +94,13 @@ class KvExchange:
 
     def queue_saves(self, sequence: Sequence, now_s: float) -> None:
         """Queue the blocks of a sequence that became full since the last call."""
-        if self._arena is None:
-            return
         num_full = sequence.num_computed // self._block_size
+        if self._arena is None or num_full <= sequence.num_stored:
+            return
         keys = sequence.block_keys(num_full, self._block_size)
         for block in range(sequence.num_stored, num_full):
             self._queue(sequence, sequence.pages[block], keys[block], self._block_size, now_s)
-        sequence.num_stored = max(sequence.num_stored, num_full)
+        sequence.num_stored = num_full
 
     def queue_tail(self, sequence: Sequence, now_s: float) -> None:
         """Queue the partial last block of a prompt under its request-scoped key."""
@@ -111,6 +111,8 @@ class KvExchange:
 
     def write_saves(self, now_s: float) -> list[SavedEvent]:
         """Write queued blocks while slots last; give up those that waited too long."""
+        if not self._saves:
+            return []
         saved: dict[str, list[StoredBlock]] = {}
         budget = max(1, SAVE_BYTES_PER_STEP // self._memory.page_bytes)
         while self._arena is not None and self._saves and self._slots and budget > 0:

@@ -20,12 +20,17 @@ class EngineOptions:
     """KV blocks of the pool; None derives them from `kv_memory_mb`."""
     kv_memory_mb: int = 256
     """Memory of the pool in MiB; touched only as it is used."""
-    chunk_tokens: int = 256
+    chunk_tokens: int = 512
     """Most tokens computed in one step."""
+    mixed_step_ratio: float = 1.8
+    """Longest step with both decoding rows and prompt work, as a multiple of the predicted
+    time of the decoding rows alone; below 2, so that prediction errors stay below it too."""
     max_num_seqs: int = 64
     """Most sequences running at a time."""
     threads: int = 1
     """Compute threads."""
+    batch_invariant: bool = False
+    """Compute each row with the same arithmetic whatever else is in the step."""
 
     def to_json(self) -> str:
         """Return one line of JSON."""

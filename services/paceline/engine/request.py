@@ -14,6 +14,7 @@ from enum import Enum
 
 from paceline.domain.blocks import block_key, tail_key
 from paceline.domain.request import FinishReason, GenerationSpec
+from paceline.engine.page_table import PageTable
 
 
 class Phase(Enum):
@@ -38,7 +39,7 @@ class Sequence:
     token_ids: list[int]
     phase: Phase = Phase.WAITING
     num_computed: int = 0
-    pages: list[int] = field(default_factory=list)
+    pages: PageTable = field(default_factory=PageTable)
     keys: list[bytes] = field(default_factory=list)
     """Keys of the full blocks of `token_ids`, as far as they were needed."""
     num_registered: int = 0
@@ -52,11 +53,11 @@ class Sequence:
     finish_reason: FinishReason | None = None
     has_looked_up: bool = False
     """Whether the KV store was asked since the sequence last started waiting."""
+    num_prompt: int = field(init=False)
+    """Tokens of the prompt."""
 
-    @property
-    def num_prompt(self) -> int:
-        """Tokens of the prompt."""
-        return len(self.request.spec.prompt_token_ids)
+    def __post_init__(self) -> None:
+        self.num_prompt = len(self.request.spec.prompt_token_ids)
 
     @property
     def num_output(self) -> int:
@@ -66,9 +67,8 @@ class Sequence:
     @property
     def is_leader(self) -> bool:
         """Whether it only computes the prompt, for siblings or for the store."""
-        return self.request.is_prefill_only or (
-            self.request.spec.n > 1 and not self.request.is_forked
-        )
+        request = self.request
+        return request.is_prefill_only or (not request.is_forked and request.spec.n > 1)
 
     @property
     def target(self) -> int:
@@ -88,6 +88,10 @@ class Sequence:
     def max_cached(self) -> int:
         """Tokens that may come from a cache: what is drawn from must be computed."""
         return self.target if self.is_leader else self.target - 1
+
+    def order(self) -> tuple[int, int, int]:
+        """Return the sort key of queues: who runs first."""
+        return (*self.request.order, self.index)
 
     @property
     def held_pages(self) -> list[int]:
@@ -153,10 +157,12 @@ class Request:
     @property
     def num_prompt_computed(self) -> int:
         """Prompt tokens whose KV exists, by the furthest of its sequences."""
-        num_prompt = len(self.spec.prompt_token_ids)
-        if any(s.num_output > 0 for s in self.sequences):
-            return num_prompt
-        return min(num_prompt, max((s.num_computed for s in self.sequences), default=0))
+        num_prompt, furthest = len(self.spec.prompt_token_ids), 0
+        for sequence in self.sequences:
+            if len(sequence.token_ids) > num_prompt:
+                return num_prompt
+            furthest = max(furthest, sequence.num_computed)
+        return min(num_prompt, furthest)
 
     @property
     def is_finished(self) -> bool:

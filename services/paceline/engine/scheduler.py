@@ -1,10 +1,10 @@
 """Decides who runs in the next step; holds queues and page tables, no tensors.
 
 Order is (priority, arrival). Each step takes every running decode row, then prompt chunks
-while the step's token budget lasts. Pages are taken as tokens need them; when the pool is
-dry, the last sequence in order gives its pages back and waits again: its full blocks stay
-findable in the pool and in the KV store, so that little is computed twice. A waiting sequence
-displaces running ones of lower priority, never of its own.
+while its tokens and its pace (chunking.py) last. Pages are taken as tokens need them; when the
+pool is dry, the last sequence in order gives its pages back and waits again: its full blocks
+stay findable in the pool and in the KV store, so that little is computed twice. A waiting
+sequence displaces running ones of lower priority, never of its own.
 engine.py and admission.py call this file and perform what it decides.
 """
 
@@ -12,11 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from paceline.domain.cost import StepShape
 from paceline.domain.request import FinishReason
 from paceline.engine.blocks import BlockPool
+from paceline.engine.chunking import StepPace
 from paceline.engine.integrity import check_queues
-from paceline.engine.request import Phase, Request, Sequence
-from paceline.engine.step import Row, SampledToken, SampleSpec, StepPlan, StepResult
+from paceline.engine.page_table import PageTable
+from paceline.engine.request import Phase, Sequence
+from paceline.engine.rows import build_row
+from paceline.engine.step import SampledToken, StepPlan, StepResult
 
 _Chosen = dict[int, tuple[Sequence, int]]
 
@@ -33,13 +37,16 @@ class Scheduler:
         step_tokens: int,
         max_context_tokens: int,
         eos_token_ids: frozenset[int],
+        pace: StepPace | None = None,
     ) -> None:
+        """Without a pace only `step_tokens` limits the prompt work of a step."""
         self.pool = pool
         self.block_size = block_size
         self.max_num_seqs = max_num_seqs
         self.step_tokens = step_tokens
         self.max_context_tokens = max_context_tokens
         self.eos_token_ids = eos_token_ids
+        self.pace = pace
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.num_preemptions = 0
@@ -50,7 +57,7 @@ class Scheduler:
         """Queue a sequence by its request's order."""
         sequence.phase = Phase.WAITING
         self.waiting.append(sequence)
-        self.waiting.sort(key=_order)
+        self.waiting.sort(key=Sequence.order)
 
     def finish(self, sequence: Sequence, reason: FinishReason | None) -> None:
         """End a sequence in any phase and give its pages back."""
@@ -107,7 +114,7 @@ class Scheduler:
         self.waiting.remove(sequence)
         sequence.phase = Phase.RUNNING
         self.running.append(sequence)
-        self.running.sort(key=_order)
+        self.running.sort(key=Sequence.order)
 
     def register_loaded(self, sequence: Sequence) -> None:
         """Let blocks that were filled from outside serve prefix hits."""
@@ -130,7 +137,8 @@ class Scheduler:
                 self.pool.free([] if copy is None else [copy])
                 self.add(sibling)
                 continue
-            sibling.pages = [self.pool.share(page) for page in leader.pages[:num_full]]
+            shared = [self.pool.share(page) for page in leader.pages[:num_full]]
+            sibling.pages = PageTable(shared)
             sibling.keys = list(leader.keys[:num_full])
             sibling.num_registered = min(leader.num_registered, num_full)
             sibling.num_stored = leader.num_stored
@@ -140,7 +148,7 @@ class Scheduler:
                 sibling.pages.append(copy)
             sibling.phase = Phase.RUNNING
             self.running.append(sibling)
-        self.running.sort(key=_order)
+        self.running.sort(key=Sequence.order)
 
     # -- one step -------------------------------------------------------------------------
 
@@ -151,20 +159,17 @@ class Scheduler:
         back that no sequence needs, or returns False.
         """
         chosen: _Chosen = {}
-        decoding = [s for s in self.running if s.num_remaining == 1]
-        computing = [s for s in self.running if s.num_remaining > 1]
+        remaining = [s.num_remaining for s in self.running]
+        decoding = [s for s, n in zip(self.running, remaining, strict=True) if n == 1]
+        computing = [s for s, n in zip(self.running, remaining, strict=True) if n > 1]
         for sequence in decoding:
             self._choose(sequence, 1, chosen, reclaim)
-        # Prompts go on, if slowly, however many rows decode.
-        least = min(self.block_size, self.step_tokens)
-        budget = max(self.step_tokens - len(chosen), least)
-        for sequence in computing:
-            if budget > 0:
-                budget -= self._choose(sequence, budget, chosen, reclaim)
+        if computing:
+            self._choose_chunks(computing, chosen, reclaim)
         if not chosen:
             return None
         copies = [s.pending_copy for s, _ in chosen.values() if s.pending_copy is not None]
-        return StepPlan(tuple(self._row(s, n) for s, n in chosen.values()), tuple(copies))
+        return StepPlan(tuple([build_row(s, n) for s, n in chosen.values()]), tuple(copies))
 
     def commit(
         self, plan: StepPlan, result: StepResult
@@ -173,7 +178,7 @@ class Scheduler:
 
         Failed sequences stay as they were before the step; the caller ends them.
         """
-        by_id = {s.id: s for s in self.running}
+        by_id, block_size = {s.id: s for s in self.running}, self.block_size
         advanced: list[tuple[Sequence, SampledToken | None]] = []
         failed: list[Sequence] = []
         for i, (row, sampled) in enumerate(zip(plan.rows, result.sampled, strict=True)):
@@ -185,7 +190,8 @@ class Scheduler:
                 self.pool.free(sequence.pending_copy[:1])
                 sequence.pending_copy = None
             sequence.num_computed += len(row.token_ids)
-            self._register_full_blocks(sequence)
+            if sequence.num_computed >= (sequence.num_registered + 1) * block_size:
+                self._register_full_blocks(sequence)
             if sampled is not None:
                 sequence.token_ids.append(sampled.token_id)
             advanced.append((sequence, sampled))
@@ -194,15 +200,14 @@ class Scheduler:
     def finish_reason(self, sequence: Sequence) -> FinishReason | None:
         """Tell whether the sequence ends with the tokens it has."""
         spec = sequence.request.spec
-        if sequence.num_output > 0:
+        num_output = sequence.num_output
+        if num_output > 0:
             token = sequence.token_ids[-1]
             if token in spec.stop_token_ids:
                 return FinishReason.STOP
             if token in self.eos_token_ids and not spec.ignore_eos:
                 return FinishReason.STOP
-        if sequence.num_output >= spec.max_tokens:
-            return FinishReason.LENGTH
-        if len(sequence.token_ids) >= self.max_context_tokens:
+        if num_output >= spec.max_tokens or len(sequence.token_ids) >= self.max_context_tokens:
             return FinishReason.LENGTH
         return None
 
@@ -212,10 +217,6 @@ class Scheduler:
         held = [page for s in sequences for page in s.held_pages] + held_elsewhere
         problems = self.pool.check_integrity(held)
         problems += check_queues(self.waiting, self.running, self.pool, self.block_size)
-        if [*map(_order, self.running)] != sorted(map(_order, self.running)):
-            problems.append("running sequences out of order")
-        if [*map(_order, self.waiting)] != sorted(map(_order, self.waiting)):
-            problems.append("waiting sequences out of order")
         if len(self.running) > self.max_num_seqs:
             problems.append(f"{len(self.running)} sequences run, {self.max_num_seqs} may")
         return problems
@@ -229,7 +230,7 @@ class Scheduler:
         if sequence.phase is not Phase.RUNNING:
             return 0
         count = min(sequence.num_remaining, budget)
-        while len(sequence.pages) < self._num_blocks(sequence.num_computed + count):
+        while len(sequence.pages) * self.block_size < sequence.num_computed + count:
             page = self.pool.allocate()
             if page is not None:
                 sequence.pages.append(page)
@@ -239,6 +240,26 @@ class Scheduler:
         if count > 0:
             chosen[sequence.id] = (sequence, count)
         return count
+
+    def _choose_chunks(
+        self, computing: list[Sequence], chosen: _Chosen, reclaim: Callable[[], bool]
+    ) -> None:
+        """Add prompt chunks to a step that holds its decoding rows."""
+        # Prompts go on, if slowly, however many rows decode.
+        least = min(self.block_size, self.step_tokens)
+        budget = max(self.step_tokens - len(chosen), least)
+        attended = sum(s.num_computed + 1 for s, _ in chosen.values())
+        step = StepShape(rows=len(chosen), attended=attended)
+        for sequence in computing:
+            start = sequence.num_computed
+            most = min(sequence.num_remaining, budget)
+            if self.pace is not None:
+                most = self.pace.chunk_tokens(
+                    step, start=start, least=min(least, most), most=most, unit=self.block_size
+                )
+            if most > 0:
+                count = self._choose(sequence, most, chosen, reclaim)
+                step, budget, least = step.with_chunk(count, start), budget - count, 0
 
     def _preempt_after(self, sequence: Sequence, chosen: _Chosen) -> bool:
         """Preempt the last running sequence in order if it comes after `sequence`."""
@@ -259,7 +280,7 @@ class Scheduler:
     def _release_pages(self, sequence: Sequence) -> None:
         # Last pages first: a chain is only useful from its head, so its end is reclaimed first.
         self.pool.free(reversed(sequence.held_pages))
-        sequence.pages = []
+        sequence.pages = PageTable()
         sequence.pending_copy = None
         sequence.num_computed = 0
         sequence.num_registered = 0
@@ -277,39 +298,6 @@ class Scheduler:
                 self.pool.register(sequence.pages[block], keys[block])
             sequence.num_registered = num_full
 
-    def _row(self, sequence: Sequence, count: int) -> Row:
-        start = sequence.num_computed
-        # A leader's target is one short of this, so nothing is drawn for it.
-        is_sampled = start + count == len(sequence.token_ids)
-        return Row(
-            sequence_id=sequence.id,
-            token_ids=tuple(sequence.token_ids[start : start + count]),
-            start=start,
-            pages=tuple(sequence.pages),
-            sample=_sample_spec(sequence) if is_sampled else None,
-        )
-
     def _num_missing(self, sequence: Sequence) -> int:
         """Count the pages that a sequence will need for its target and has not."""
-        return max(0, self._num_blocks(sequence.target) - len(sequence.pages))
-
-    def _num_blocks(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.block_size)
-
-
-def _order(sequence: Sequence) -> tuple[int, int, int]:
-    return (*sequence.request.order, sequence.index)
-
-
-def _sample_spec(sequence: Sequence) -> SampleSpec:
-    request: Request = sequence.request
-    has_penalties = request.spec.sampling.has_penalties
-    output = tuple(sequence.token_ids[sequence.num_prompt :]) if has_penalties else None
-    return SampleSpec(
-        sampling=request.spec.sampling,
-        stream=sequence.index,
-        position=len(sequence.token_ids),
-        num_logprobs=request.spec.logprobs,
-        prompt_token_ids=request.spec.prompt_token_ids if has_penalties else None,
-        output_token_ids=output,
-    )
+        return max(0, -(-sequence.target // self.block_size) - len(sequence.pages))

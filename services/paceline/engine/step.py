@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from paceline.domain.request import SamplingParams, TokenLogprobs
+from paceline.engine.page_table import PageIds
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,7 @@ class SampleSpec:
     """Both set only where penalties need them."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Row:
     """A run of tokens of one sequence, computed in this step.
 
@@ -37,7 +38,8 @@ class Row:
     sequence_id: int
     token_ids: tuple[int, ...]
     start: int
-    pages: tuple[int, ...]
+    pages: PageIds
+    """A view of the sequence's page table; read only."""
     sample: SampleSpec | None = None
     """Set where the row's last logits are drawn from."""
 

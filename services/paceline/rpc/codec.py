@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from paceline.domain.cost import StepCost
+from paceline.domain.cost import Curve, StepCost, StepCurves
 from paceline.domain.request import (
     FinishReason,
     GenerationSpec,
@@ -140,11 +140,45 @@ def resumed_from_proto(
 
 def step_cost_to_proto(cost: StepCost) -> engine_pb2.StepCost:
     """Encode a step cost."""
-    return engine_pb2.StepCost(
+    message = engine_pb2.StepCost(
         base_s=cost.base_s, row_s=cost.row_s, token_s=cost.token_s, context_s=cost.context_s
     )
+    if cost.curves is not None:
+        message.curves.CopyFrom(_curves_to_proto(cost.curves))
+    return message
 
 
 def step_cost_from_proto(message: engine_pb2.StepCost) -> StepCost:
     """Decode a step cost."""
-    return StepCost(message.base_s, message.row_s, message.token_s, message.context_s)
+    curves = _curves_from_proto(message.curves) if message.HasField("curves") else None
+    return StepCost(message.base_s, message.row_s, message.token_s, message.context_s, curves)
+
+
+def _curves_to_proto(curves: StepCurves) -> engine_pb2.StepCurves:
+    return engine_pb2.StepCurves(
+        tokens=_curve_to_proto(curves.tokens),
+        rows=_curve_to_proto(curves.rows),
+        contexts=_curve_to_proto(curves.contexts),
+        prefill_row_s=curves.prefill_row_s,
+        prefill_read_s=curves.prefill_read_s,
+        prefill_context_s=curves.prefill_context_s,
+    )
+
+
+def _curves_from_proto(message: engine_pb2.StepCurves) -> StepCurves:
+    return StepCurves(
+        tokens=_curve_from_proto(message.tokens),
+        rows=_curve_from_proto(message.rows),
+        contexts=_curve_from_proto(message.contexts),
+        prefill_row_s=message.prefill_row_s,
+        prefill_read_s=message.prefill_read_s,
+        prefill_context_s=message.prefill_context_s,
+    )
+
+
+def _curve_to_proto(curve: Curve) -> engine_pb2.Curve:
+    return engine_pb2.Curve(counts=curve.counts, seconds=curve.seconds)
+
+
+def _curve_from_proto(message: engine_pb2.Curve) -> Curve:
+    return Curve(tuple(message.counts), tuple(message.seconds))

@@ -141,16 +141,42 @@ class EngineReady(_message.Message):
     def __init__(self, layout: _Optional[_Union[_kvstore_pb2.KvLayout, _Mapping]] = ..., model_digest: _Optional[str] = ..., max_context_tokens: _Optional[int] = ..., vocab_size: _Optional[int] = ..., num_kv_blocks: _Optional[int] = ..., step_cost: _Optional[_Union[StepCost, _Mapping]] = ..., pid: _Optional[int] = ...) -> None: ...
 
 class StepCost(_message.Message):
-    __slots__ = ("base_s", "row_s", "token_s", "context_s")
+    __slots__ = ("base_s", "row_s", "token_s", "context_s", "curves")
     BASE_S_FIELD_NUMBER: _ClassVar[int]
     ROW_S_FIELD_NUMBER: _ClassVar[int]
     TOKEN_S_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_S_FIELD_NUMBER: _ClassVar[int]
+    CURVES_FIELD_NUMBER: _ClassVar[int]
     base_s: float
     row_s: float
     token_s: float
     context_s: float
-    def __init__(self, base_s: _Optional[float] = ..., row_s: _Optional[float] = ..., token_s: _Optional[float] = ..., context_s: _Optional[float] = ...) -> None: ...
+    curves: StepCurves
+    def __init__(self, base_s: _Optional[float] = ..., row_s: _Optional[float] = ..., token_s: _Optional[float] = ..., context_s: _Optional[float] = ..., curves: _Optional[_Union[StepCurves, _Mapping]] = ...) -> None: ...
+
+class StepCurves(_message.Message):
+    __slots__ = ("tokens", "rows", "contexts", "prefill_row_s", "prefill_context_s", "prefill_read_s")
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    CONTEXTS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_ROW_S_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_CONTEXT_S_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_READ_S_FIELD_NUMBER: _ClassVar[int]
+    tokens: Curve
+    rows: Curve
+    contexts: Curve
+    prefill_row_s: float
+    prefill_context_s: float
+    prefill_read_s: float
+    def __init__(self, tokens: _Optional[_Union[Curve, _Mapping]] = ..., rows: _Optional[_Union[Curve, _Mapping]] = ..., contexts: _Optional[_Union[Curve, _Mapping]] = ..., prefill_row_s: _Optional[float] = ..., prefill_context_s: _Optional[float] = ..., prefill_read_s: _Optional[float] = ...) -> None: ...
+
+class Curve(_message.Message):
+    __slots__ = ("counts", "seconds")
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    counts: _containers.RepeatedScalarFieldContainer[int]
+    seconds: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, counts: _Optional[_Iterable[int]] = ..., seconds: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class RequestOutput(_message.Message):
     __slots__ = ("request_id", "chunks", "local_hit_tokens", "store_hit_tokens", "computed_tokens", "is_finished")

@@ -15,6 +15,7 @@ import grpc
 from paceline import __version__
 from paceline.decode.server import DecodeServicer
 from paceline.domain.blocks import LAYOUT_VERSION
+from paceline.domain.cost import StepShape
 from paceline.domain.errors import UnavailableError
 from paceline.domain.member import Member, ModelCard, Role
 from paceline.kvstore.values import KvLayoutInfo
@@ -210,9 +211,11 @@ def _member(
 
 def _stall_s(settings: WorkerSettings, ready: engine_pb2.EngineReady) -> float:
     """Return how long the engine may be silent: some steps of the largest kind."""
-    tokens, rows = settings.chunk_tokens, settings.max_num_seqs
-    attended = tokens * ready.max_context_tokens
-    step_s = step_cost_from_proto(ready.step_cost).step_s(rows, tokens, attended)
+    tokens, rows, longest = settings.chunk_tokens, settings.max_num_seqs, ready.max_context_tokens
+    # Whatever the rows attend to lies in the pool.
+    attended = min(rows * longest, ready.num_kv_blocks * ready.layout.block_size)
+    largest = StepShape(rows=rows, attended=attended).with_chunk(tokens, max(0, longest - tokens))
+    step_s = step_cost_from_proto(ready.step_cost).step_s(largest)
     return max(settings.engine_stall_s, _STALL_STEPS * step_s)
 
 

@@ -31,8 +31,11 @@ class WorkerSettings(ServiceSettings):
     """KV blocks of the engine's pool; unset derives them from kv_memory_mb."""
     kv_memory_mb: int = Field(default=256, ge=1)
     """Memory of the engine's KV pool in MiB; touched only as it is used."""
-    chunk_tokens: int = Field(default=256, ge=1)
-    """Most tokens per engine step: smaller keeps ITL low, larger makes prefill efficient."""
+    chunk_tokens: int = Field(default=512, ge=1)
+    """Most tokens per engine step, reached while nothing decodes; larger ones gain little."""
+    mixed_step_ratio: float = Field(default=1.8, ge=1)
+    """How much longer than its decoding rows alone a step may be predicted to take with prompt
+    work in it; smaller keeps ITL low, larger keeps TTFT low while others decode."""
     max_num_seqs: int = Field(default=64, ge=1)
     """Most sequences that run at a time; more wait."""
     max_requests: int = Field(default=1024, ge=1)
@@ -57,6 +60,7 @@ class WorkerSettings(ServiceSettings):
             num_kv_blocks=self.num_kv_blocks,
             kv_memory_mb=self.kv_memory_mb,
             chunk_tokens=self.chunk_tokens,
+            mixed_step_ratio=self.mixed_step_ratio,
             max_num_seqs=self.max_num_seqs,
             threads=self.threads,
         )

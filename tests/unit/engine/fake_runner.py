@@ -16,6 +16,7 @@ import xxhash
 
 from paceline.domain.request import GenerationSpec
 from paceline.engine.blocks import BlockPool
+from paceline.engine.chunking import StepPace
 from paceline.engine.engine import Engine
 from paceline.engine.scheduler import Scheduler
 from paceline.engine.step import Row, SampledToken, StepPlan, StepResult
@@ -117,6 +118,7 @@ def fake_engine(
     max_num_seqs: int = 8,
     context: int | None = None,
     clock: Callable[[], float] = lambda: 0.0,
+    pace: StepPace | None = None,
 ) -> tuple[Engine, FakeRunner]:
     """An engine over a fake runner."""
     runner = FakeRunner(num_pages, block_size)
@@ -127,6 +129,7 @@ def fake_engine(
         step_tokens=chunk_tokens,
         max_context_tokens=context or num_pages * block_size,
         eos_token_ids=frozenset([EOS]),
+        pace=pace,
     )
     return Engine(runner, scheduler, kv_root=KV_ROOT, vocab_size=VOCAB, monotonic=clock), runner
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paceline.domain.cost import StepCost
+from paceline.domain.cost import Curve, StepCost, StepCurves
 from paceline.domain.request import (
     FinishReason,
     GenerationSpec,
@@ -61,6 +61,12 @@ CHUNKS = st.builds(
 )
 
 
+CURVES = st.dictionaries(COUNTS, DOUBLES, min_size=1).map(
+    lambda points: Curve(tuple(sorted(points)), tuple(points[n] for n in sorted(points)))
+)
+CURVED = st.builds(StepCurves, CURVES, CURVES, CURVES, DOUBLES, DOUBLES, DOUBLES)
+
+
 @settings(max_examples=40)
 @given(SPECS)
 def test_specs_survive(spec: GenerationSpec) -> None:
@@ -82,7 +88,7 @@ def test_resumed_outputs_survive(resumed: dict[int, tuple[int, ...]]) -> None:
 
 
 @settings(max_examples=40)
-@given(st.builds(StepCost, DOUBLES, DOUBLES, DOUBLES, DOUBLES))
+@given(st.builds(StepCost, DOUBLES, DOUBLES, DOUBLES, DOUBLES, st.none() | CURVED))
 def test_step_costs_survive(cost: StepCost) -> None:
     assert codec.step_cost_from_proto(codec.step_cost_to_proto(cost)) == cost
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 
-from paceline.domain.cost import StepCost
+from paceline.domain.cost import StepCost, StepShape
 from paceline.domain.member import Member
 from paceline.gateway.routing.base import Decision, FleetLoad, RoutingRequest
 
@@ -53,7 +53,7 @@ class CostPolicy:
             seconds += _hand_over_s(request, fleet, prefill, decode)
         cost = decode.step_cost or _UNKNOWN
         attended = decode.load.context_tokens + request.num_tokens
-        step_s = cost.step_s(running + 1, running + 1, attended)
+        step_s = cost.step_s(StepShape(rows=running + 1, attended=attended))
         seconds += step_s * (1 + decode.load.num_waiting)
         # A worker whose numbers are no numbers is the last to be chosen.
         return seconds if math.isfinite(seconds) else math.inf

@@ -1,0 +1,26 @@
+"""`paceline bench`: what this machine and this build can do, as numbers.
+
+One file per bench. The measuring happens in a process of its own (paceline/engine/bench),
+which child.py starts; nothing here reaches torch.
+"""
+
+from __future__ import annotations
+
+import typer
+
+from paceline.cli.bench.chunking import chunking
+from paceline.cli.bench.cost import cost
+from paceline.cli.bench.engine import engine
+from paceline.cli.bench.roofline import roofline
+
+bench = typer.Typer(
+    name="bench",
+    help="Measure the engine; the last line printed is JSON.",
+    no_args_is_help=True,
+)
+bench.command()(engine)
+bench.command()(cost)
+bench.command()(chunking)
+bench.command()(roofline)
+
+__all__ = ["bench"]

@@ -1,0 +1,36 @@
+"""Runs one bench by name and prints its report as the last line."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+
+from paceline.domain.errors import PacelineError
+from paceline.engine.bench.options import BenchOptions
+
+_BENCHES = {
+    "engine": ("generation", "bench_generation"),
+    "cost": ("cost", "bench_cost"),
+    "chunking": ("chunking", "bench_chunking"),
+    "roofline": ("roofline", "bench_roofline"),
+}
+"""Name of a bench to module and function; imported when asked for."""
+
+
+def main(argv: list[str]) -> int:
+    """Run a bench; return the exit code."""
+    name, options = argv
+    module, function = _BENCHES[name]
+    bench = getattr(importlib.import_module(f"paceline.engine.bench.{module}"), function)
+    try:
+        report = bench(BenchOptions.from_json(options))
+    except (PacelineError, ValueError, OSError) as error:
+        print(f"paceline bench {name}: {error}", file=sys.stderr, flush=True)
+        return 1
+    print(json.dumps(report), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

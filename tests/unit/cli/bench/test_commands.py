@@ -1,0 +1,85 @@
+"""Benches run in a process of their own and end with one line of JSON."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from paceline.cli.bench import child
+from paceline.cli.errors import CommandError
+from paceline.engine.bench.options import BenchOptions
+from tests.checkpoints import DEMO
+
+KEYS = {
+    "peer",
+    "version",
+    "dtype",
+    "prompt_len",
+    "gen_len",
+    "concurrency",
+    "prefill_tok_s",
+    "decode_tok_s",
+    "total_s",
+    "ttft_s",
+    "peak_rss_mb",
+}
+
+
+def paceline(*args: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "paceline.cli", *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_the_engine_bench_prints_its_report_last() -> None:
+    sizes = ("--prompt-len", "24", "--gen-len", "3", "--concurrency", "2", "--threads", "1")
+    done = paceline("bench", "engine", "--model", str(DEMO), *sizes)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report.keys() >= KEYS
+    assert (report["peer"], report["model"], report["threads"]) == ("paceline", "demo", 1)
+    assert len(report["head"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "keys"),
+    [
+        (("chunking", "--streams", "2", "--prompt-len", "64"), {"undisturbed", "on", "off"}),
+        (("cost",), {"median_error", "p95_error", "n"}),
+    ],
+)
+def test_other_benches_print_nothing_but_their_report(
+    flags: tuple[str, ...], keys: set[str]
+) -> None:
+    name, *sizes = flags
+    done = paceline("bench", name, "--model", str(DEMO), "--threads", "1", "--json", *sizes)
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    report = json.loads(line)
+    assert report.keys() >= keys
+    assert (report["model"], report["dtype"], report["threads"]) == ("demo", "f32", 1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [(("--model", "/nowhere"), "/nowhere"), (("--dtype", "f7"), "f7")],
+)
+def test_what_cannot_be_measured_is_named(flags: tuple[str, ...], named: str) -> None:
+    done = paceline("bench", "engine", "--model", str(DEMO), *flags)
+    assert done.returncode == 1
+    assert done.stderr.startswith("paceline bench engine: ") and named in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_an_installation_without_an_engine_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(child.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(CommandError, match="not installed"):
+        child.run_bench("engine", BenchOptions(model=str(DEMO)))
+
+
+def test_options_survive_the_way_to_the_process() -> None:
+    options = BenchOptions(model=str(Path("x")), dtype="bf16", seed=3, batch_invariant=True)
+    assert BenchOptions.from_json(options.to_json()) == options
