@@ -5,8 +5,11 @@
 
 from paceline_kernels.reference import (
     AttentionBatch,
+    QuantisedWeight,
     linear,
     paged_attention,
+    quantise_rows,
+    quantise_weight,
     rms_norm,
     rotary,
     silu_mul,
@@ -23,6 +26,7 @@ from paceline_kernels.sampling import (
 
 __all__ = [
     "AttentionBatch",
+    "QuantisedWeight",
     "gumbel_noise",
     "gumbel_noise_at",
     "linear",
@@ -30,6 +34,8 @@ __all__ = [
     "philox4x32",
     "philox_uniform",
     "philox_uniform_at",
+    "quantise_rows",
+    "quantise_weight",
     "rms_norm",
     "rotary",
     "silu_mul",

@@ -71,11 +71,49 @@ def write_kv(
     kv_P2KTD[pages_N, 1, :, offsets_N] = v_NKD
 
 
+@dataclass(frozen=True)
+class QuantisedWeight:
+    """A weight in int8 with one scale per output: w = values * scales."""
+
+    values_OD: torch.Tensor
+    scales_O: torch.Tensor
+
+
+def quantise_rows(x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bring each row to int8, symmetric: x = values * scale, scale = max |x| / 127.
+
+    Returns int8 [N, D] and float32 [N]. A row that is not finite has the scale NaN.
+    """
+    x32 = x_ND.float()
+    bound_N1 = x32.abs().amax(dim=-1, keepdim=True)
+    is_finite_N1 = x32.isfinite().all(dim=-1, keepdim=True)
+    factor_N1 = torch.where(is_finite_N1 & (bound_N1 > 0), 127.0 / bound_N1, 0.0)
+    values_ND = (x32 * factor_N1).nan_to_num(0.0).round().to(torch.int8)
+    scale_N1 = torch.where(is_finite_N1, bound_N1 / 127.0, float("nan"))
+    return values_ND, scale_N1[:, 0]
+
+
+def quantise_weight(weight_OD: torch.Tensor) -> QuantisedWeight:
+    """Bring a weight to int8, one scale per output."""
+    return QuantisedWeight(*quantise_rows(weight_OD))
+
+
 def linear(
-    x_ND: torch.Tensor, weight_OD: torch.Tensor, bias_O: torch.Tensor | None = None
+    x_ND: torch.Tensor,
+    weight_OD: torch.Tensor | QuantisedWeight,
+    bias_O: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Multiply by a weight and add a bias."""
-    return F.linear(x_ND, weight_OD, bias_O)
+    """Multiply by a weight and add a bias.
+
+    A quantised weight is multiplied by activations that are quantised row by row (dynamic W8A8);
+    sums are exact in int32.
+    """
+    if isinstance(weight_OD, torch.Tensor):
+        return F.linear(x_ND, weight_OD, bias_O)
+    values_ND, scales_N = quantise_rows(x_ND)
+    sums_NO = values_ND.int() @ weight_OD.values_OD.t().int()
+    y_NO = sums_NO.float() * scales_N[:, None] * weight_OD.scales_O
+    return (y_NO if bias_O is None else y_NO + bias_O).to(x_ND.dtype)
 
 
 def silu_mul(gate_up_N2I: torch.Tensor) -> torch.Tensor:

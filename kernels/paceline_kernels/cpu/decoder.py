@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -98,7 +99,7 @@ class FusedDecoder:
         pointers.window = tensors.window or 0
         self._lib.pl_decoder_layer(self._handle, self._config, index, pointers)
         for weight in (*tensors.qkv, tensors.o, *tensors.gate_up, tensors.down):
-            self._lib.pl_drop_file_pages(weight.data_ptr(), weight.nbytes)
+            self._drop_file_pages(weight)
 
     def set_ends(
         self, embedding_VE: torch.Tensor, head_VE: torch.Tensor, norm_E: torch.Tensor
@@ -109,7 +110,12 @@ class FusedDecoder:
         embedding, head = _source(self._embedding_VE, kept), _source(head_VE, kept)
         norm = _floats(norm_E, kept)
         self._lib.pl_decoder_ends(self._handle, self._config, embedding, head, norm)
-        self._lib.pl_drop_file_pages(head_VE.data_ptr(), head_VE.nbytes)
+        self._drop_file_pages(head_VE)
+
+    def _drop_file_pages(self, weight: torch.Tensor) -> None:
+        """Let go of a packed weight's pages; a mapped file gives them back when asked again."""
+        if _is_mapped_file(weight.data_ptr()):
+            self._lib.pl_drop_file_pages(weight.data_ptr(), weight.nbytes)
 
     def forward(
         self,
@@ -161,6 +167,20 @@ def batch_pointers(batch: AttentionBatch, kept: list[torch.Tensor]) -> lib.Batch
         mask,
         offsets,
     )
+
+
+def _is_mapped_file(address: int) -> bool:
+    """Tell whether memory is that of a file; without /proc, no."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return False
+    for line in lines:
+        bounds, _, _, _, inode = line.split(maxsplit=5)[:5]
+        begin, end = (int(part, 16) for part in bounds.split("-"))
+        if begin <= address < end:
+            return inode != "0"
+    return False
 
 
 def _source(weight: torch.Tensor, kept: list[torch.Tensor]) -> lib.Source:

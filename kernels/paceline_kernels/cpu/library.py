@@ -155,7 +155,7 @@ def backend() -> str:
 
 
 def set_threads(threads: int) -> None:
-    """Use so many threads; no decoder may exist that was made with another number."""
+    """Use so many threads for what is made from now on."""
     loaded = library()
     if loaded is not None:
         loaded.pl_set_threads(threads)

@@ -12,6 +12,7 @@ import torch
 from paceline import __version__
 from paceline.domain.blocks import chain_root
 from paceline.domain.cost import StepCost
+from paceline.engine import kernels
 from paceline.engine.blocks import BlockPool
 from paceline.engine.chunking import StepPace
 from paceline.engine.cost import MAX_TIMED_CONTEXT, known_step_cost
@@ -23,14 +24,12 @@ from paceline.engine.cost_store import (
 )
 from paceline.engine.engine import Engine
 from paceline.engine.models.config import ModelConfig, load_model_config
-from paceline.engine.models.decoder import DecoderModel
+from paceline.engine.models.load import KV_DTYPES, ModelOptions, load_model
 from paceline.engine.options import EngineOptions
 from paceline.engine.probe import StepTimer
 from paceline.engine.runner import Runner
 from paceline.engine.scheduler import Scheduler
-from paceline.engine.weights import load_tensors, model_digest
-
-_DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+from paceline.engine.weights import model_digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,18 +55,15 @@ def build_engine(options: EngineOptions) -> tuple[Engine, EngineCard]:
         ValueError: an option is out of range.
     """
     _check_options(options)
-    torch.set_num_threads(options.threads)
-    directory, dtype = Path(options.model), _DTYPES[options.dtype]
+    directory, dtype = Path(options.model), KV_DTYPES[options.dtype]
     config = load_model_config(directory)
     num_pages = _num_pages(options, config, dtype)
     # One sequence must always fit alone, else preemption could not help it.
     max_context = min(config.max_context_tokens, num_pages * options.block_size)
-    model = DecoderModel(
+    model = load_model(
+        directory,
         config,
-        load_tensors(directory),
-        dtype=dtype,
-        device="cpu",
-        max_context_tokens=max_context,
+        ModelOptions(options.dtype, options.block_size, max_context, options.threads),
     )
     runner = Runner(model, num_pages=num_pages, block_size=options.block_size, dtype=dtype)
     digest = model_digest(directory)
@@ -108,7 +104,7 @@ def _step_cost(
         dtype=options.dtype,
         machine=processor_fingerprint(),
         threads=options.threads,
-        backend=f"paceline {__version__}, torch {torch.__version__}",
+        backend=f"paceline {__version__}, torch {torch.__version__}, {kernels.backend()}",
         block_size=options.block_size,
         chunk_tokens=options.chunk_tokens,
         max_context_tokens=min(max_context_tokens, MAX_TIMED_CONTEXT),
@@ -119,8 +115,8 @@ def _step_cost(
 
 
 def _check_options(options: EngineOptions) -> None:
-    if options.dtype not in _DTYPES:
-        raise ValueError(f"dtype {options.dtype!r}: expected one of {sorted(_DTYPES)}")
+    if options.dtype not in KV_DTYPES:
+        raise ValueError(f"dtype {options.dtype!r}: expected one of {sorted(KV_DTYPES)}")
     for name in ("block_size", "chunk_tokens", "max_num_seqs", "threads", "kv_memory_mb"):
         if getattr(options, name) < 1:
             raise ValueError(f"{name} {getattr(options, name)}: expected at least 1")

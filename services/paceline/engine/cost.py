@@ -25,7 +25,7 @@ _SHORT, _MIDDLE, _LONG, _LONGEST = 16, 512, 1024, 1536
 MAX_TIMED_CONTEXT = 1600
 """No timed step needs longer sequences; what lies behind is extrapolated."""
 
-_CONTEXTS = (0, 2048, 8192, 16384, 24576, 32768, 49152)
+_CONTEXTS = (0, 2048, 8192, 16384, 32768)
 """Where the curve over contexts may bend: what the timed steps attend to, nearly."""
 
 _MAX_DRIFT = 0.3
@@ -80,16 +80,7 @@ def _steps(chunks: tuple[int, ...], longest: int) -> list[ProbeStep]:
     short, middle, long, end = (min(n, longest - 1) for n in sizes)
     largest = chunks[-1]
     steps = [ProbeStep(starts=(short,) * rows) for rows in _ROWS]
-    contexts = (
-        (1, middle),
-        (1, end),
-        (4, middle),
-        (8, long),
-        (16, long),
-        (24, long),
-        (20, end),
-        (32, end),
-    )
+    contexts = ((1, middle), (1, end), (4, middle), (8, long), (16, long), (24, long), (20, end))
     steps += [ProbeStep(starts=(start,) * rows) for rows, start in contexts]
     steps += [ProbeStep(chunks=((tokens, 0),)) for tokens in chunks]
     for tokens in sorted({min(16, largest), min(64, largest), min(128, largest)}):

@@ -9,28 +9,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Protocol
 
 from paceline.domain.blocks import salt_key
-from paceline.domain.errors import AlreadyExistsError, InternalError, InvalidRequestError
+from paceline.domain.errors import AlreadyExistsError, InternalError
 from paceline.domain.request import FinishReason, GenerationSpec, TokenChunk
 from paceline.engine.admission import Admission
-from paceline.engine.events import EngineEvent, EngineLoad, FailedEvent, OutputEvent
+from paceline.engine.events import EngineEvent, EngineLoad, FailedEvent
+from paceline.engine.integrity import check_requests
 from paceline.engine.kv_exchange import KvExchange
-from paceline.engine.ports import BlockArena, PageMemory, Slot, StoredBlock
-from paceline.engine.request import Phase, Request, Sequence
+from paceline.engine.ports import BlockArena, Slot, StepRunner, StoredBlock
+from paceline.engine.reports import end_report, load_report, step_report
+from paceline.engine.request import Phase, Request, Sequence, check_tokens
 from paceline.engine.scheduler import Scheduler
-from paceline.engine.step import SampledToken, StepPlan, StepResult
+from paceline.engine.step import SampledToken, StepPlan
 
 logger = logging.getLogger(__name__)
-
-
-class StepRunner(PageMemory, Protocol):
-    """Executes plans on tensors; engine/runner.py is the implementation."""
-
-    def run(self, plan: StepPlan) -> StepResult:
-        """Compute one step."""
-        ...
 
 
 class Engine:
@@ -90,7 +83,7 @@ class Engine:
             resumed={} if is_prefill_only else dict(resumed or {}),
             finished_indices=frozenset() if is_prefill_only else finished_indices,
         )
-        self._check_tokens(request)
+        check_tokens(request, self._scheduler.max_context_tokens, self._vocab_size)
         self._num_arrivals += 1
         self._requests[spec.request_id] = request
         indices = [0] if is_prefill_only else request.open_indices
@@ -167,37 +160,15 @@ class Engine:
 
     def load(self) -> EngineLoad:
         """Report how busy the engine is."""
-        s = self._scheduler
-        pending = sum(max(0, q.num_remaining - 1) for q in [*s.waiting, *s.running])
-        return EngineLoad(
-            num_waiting=len(s.waiting),
-            num_running=len(s.running),
-            pending_prefill_tokens=pending,
-            free_blocks=s.pool.num_available,
-            total_blocks=s.pool.num_pages,
-            context_tokens=sum(q.num_computed for q in s.running),
-            last_step_s=self._last_step_s,
-            num_preemptions=s.num_preemptions,
-            num_steps=self._num_steps,
-            num_evictions=s.pool.num_evictions,
+        return load_report(
+            self._scheduler, last_step_s=self._last_step_s, num_steps=self._num_steps
         )
 
     def check_integrity(self) -> list[str]:
         """Check every book of the engine; an empty list means all hold."""
         problems = self._scheduler.check_integrity(self._exchange.held_pages)
         queued = [*self._scheduler.waiting, *self._scheduler.running]
-        for sequence in queued:
-            request = sequence.request
-            if self._requests.get(request.spec.request_id) is not request:
-                problems.append(f"sequence {sequence.id}: its request is over")
-            if sequence not in request.sequences:
-                problems.append(f"sequence {sequence.id}: its request does not know it")
-        for request in self._requests.values():
-            alive = [s for s in request.sequences if s.phase is not Phase.FINISHED]
-            if not alive or not {s.id for s in alive} <= {s.id for s in queued}:
-                problems.append(f"request {request.spec.request_id}: sequences in no queue")
-            if request.num_unsaved != self._exchange.num_saves_of(request):
-                problems.append(f"request {request.spec.request_id}: unsaved blocks miscounted")
+        problems += check_requests(self._requests, queued, self._exchange.num_saves_of)
         waiting = {s.id for s in self._scheduler.waiting}
         if not set(self._exchange.lookups.sequence_ids) <= waiting:
             problems.append("lookups of sequences that do not wait")
@@ -298,34 +269,14 @@ class Engine:
         )
 
     def _report(self, request: Request, chunks: tuple[TokenChunk, ...]) -> None:
-        """Tell the host about a request; hits come with the first report."""
-        is_over = request.is_finished and not request.is_prefill_only
-        is_first = not request.has_reported_hits
-        request.has_reported_hits = True
-        self._events.append(
-            OutputEvent(
-                request_id=request.spec.request_id,
-                chunks=chunks,
-                local_hit_tokens=request.local_hit_tokens if is_first else 0,
-                store_hit_tokens=request.store_hit_tokens if is_first else 0,
-                computed_tokens=request.num_prompt_computed,
-                is_finished=is_over,
-            )
-        )
-        if is_over:
-            del self._requests[request.spec.request_id]
+        """Tell the host about a request; forget one that is over."""
+        event = step_report(request, chunks)
+        self._events.append(event)
+        if event.is_finished:
+            del self._requests[event.request_id]
 
     def _end_request(self, request: Request) -> None:
-        """Report the end of a request that ended outside a step."""
-        self._events.append(
-            OutputEvent(
-                request_id=request.spec.request_id,
-                local_hit_tokens=0 if request.has_reported_hits else request.local_hit_tokens,
-                store_hit_tokens=0 if request.has_reported_hits else request.store_hit_tokens,
-                computed_tokens=max(len(request.spec.prompt_token_ids) - 1, 0),
-                is_finished=True,
-            )
-        )
+        self._events.append(end_report(request))
         self._requests.pop(request.spec.request_id, None)
 
     def _finish(self, sequence: Sequence, reason: FinishReason | None) -> None:
@@ -340,17 +291,6 @@ class Engine:
                     self._finish(sequence, FinishReason.ERROR)
                 del self._requests[request.spec.request_id]
                 self._events.append(FailedEvent(request.spec.request_id, reason, message))
-
-    def _check_tokens(self, request: Request) -> None:
-        """Refuse what the runner could not compute, before it is in a step with others."""
-        prompt, limit = request.spec.prompt_token_ids, self._scheduler.max_context_tokens
-        outputs = [request.resumed.get(index, ()) for index in request.open_indices]
-        longest = len(prompt) + max(map(len, outputs), default=0)
-        if not 0 < len(prompt) < limit or longest > limit:
-            raise InvalidRequestError("prompt", f"{longest} tokens, the context holds {limit}")
-        for tokens in [prompt, *outputs]:
-            if tokens and not 0 <= min(tokens) <= max(tokens) < self._vocab_size:
-                raise InvalidRequestError("prompt", f"token ids end at {self._vocab_size - 1}")
 
     def _new_sequence(self, request: Request, index: int) -> Sequence:
         self._num_sequences += 1

@@ -7,9 +7,10 @@ call it, for tests and for the worker's diagnosis.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Mapping
 
 from paceline.engine.blocks import BlockPool
-from paceline.engine.request import Phase, Sequence
+from paceline.engine.request import Phase, Request, Sequence
 
 
 def check_queues(
@@ -59,4 +60,26 @@ def _check_running(s: Sequence, pool: BlockPool, block_size: int) -> list[str]:
     for page, key in zip(s.pages, keys, strict=False):
         if pool.key_of(page) not in (key, None):
             problems.append(f"page {page} is cached under another key")
+    return problems
+
+
+def check_requests(
+    requests: Mapping[str, Request],
+    queued: list[Sequence],
+    num_saves_of: Callable[[Request], int],
+) -> list[str]:
+    """Return where requests, queued sequences and pending saves do not agree."""
+    problems: list[str] = []
+    for sequence in queued:
+        request = sequence.request
+        if requests.get(request.spec.request_id) is not request:
+            problems.append(f"sequence {sequence.id}: its request is over")
+        if sequence not in request.sequences:
+            problems.append(f"sequence {sequence.id}: its request does not know it")
+    for request in requests.values():
+        alive = [s for s in request.sequences if s.phase is not Phase.FINISHED]
+        if not alive or not {s.id for s in alive} <= {s.id for s in queued}:
+            problems.append(f"request {request.spec.request_id}: sequences in no queue")
+        if request.num_unsaved != num_saves_of(request):
+            problems.append(f"request {request.spec.request_id}: unsaved blocks miscounted")
     return problems

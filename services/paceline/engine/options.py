@@ -13,7 +13,7 @@ class EngineOptions:
     model: str
     """Directory of the checkpoint (Hugging Face layout)."""
     dtype: str = "f32"
-    """Element type of weights, activations and KV: "f32" or "bf16"."""
+    """Format of weights: "f32", "bf16" or "int8"; KV is bf16 for the last two."""
     block_size: int = 16
     """Tokens per KV block."""
     num_kv_blocks: int | None = None

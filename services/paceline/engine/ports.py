@@ -1,4 +1,4 @@
-"""What the engine needs from outside: a memory of KV blocks that other processes share.
+"""What the engine needs from outside: a runner, and KV memory that other processes share.
 
 The worker injects an implementation (kvstore.arena.ArenaView fits by shape); the engine
 never learns where the bytes live or how slots are managed.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Protocol
+
+from paceline.engine.step import StepPlan, StepResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,4 +89,12 @@ class PageMemory(Protocol):
 
     def view_page(self, page: int) -> memoryview:
         """Return a page's bytes for hashing, valid until the next step."""
+        ...
+
+
+class StepRunner(PageMemory, Protocol):
+    """Executes plans on tensors; engine/runner.py is the implementation."""
+
+    def run(self, plan: StepPlan) -> StepResult:
+        """Compute one step."""
         ...

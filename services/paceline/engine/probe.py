@@ -16,13 +16,14 @@ import numpy as np
 
 from paceline.domain.cost import StepShape
 from paceline.domain.request import SamplingParams
-from paceline.engine.engine import StepRunner
+from paceline.engine.ports import StepRunner
 from paceline.engine.step import Row, SampleSpec, StepPlan
 
 _TOUCHED_BYTES = 256 << 20
 
-_LONG_S = 0.05
-"""A step from here on is run twice only: what disturbs it a little matters little."""
+_LEAST_RUNS, _MAX_RUNS = 2, 12
+_CHEAP_S = 0.05
+"""What may be spent on a step beyond its least runs: short steps are disturbed the most."""
 
 _GREEDY = SampleSpec(SamplingParams(temperature=0.0), stream=0, position=1, num_logprobs=0)
 
@@ -66,16 +67,16 @@ class StepTimer:
         self._num_touched = 0
 
     def best_s(self, steps: list[ProbeStep]) -> list[float]:
-        """Return each step's shortest run of two, or of three where that costs little.
+        """Return each step's shortest run: of two, or of as many as cost little.
 
         All steps run in turn: what disturbs the machine for a second spoils one run of many
         steps, not all runs of one.
         """
         plans = [self._plan(step) for step in steps]
-        best_s = [self._undisturbed_s(plan) for plan in plans]
-        for longest_s in (math.inf, _LONG_S):
+        best_s = [math.inf] * len(plans)
+        for num_runs in range(_MAX_RUNS):
             for i, plan in enumerate(plans):
-                if best_s[i] < longest_s:
+                if num_runs < _LEAST_RUNS or num_runs * best_s[i] < _CHEAP_S:
                     best_s[i] = min(best_s[i], self._undisturbed_s(plan))
         return best_s
 

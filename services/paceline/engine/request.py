@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from paceline.domain.blocks import block_key, tail_key
+from paceline.domain.errors import InvalidRequestError
 from paceline.domain.request import FinishReason, GenerationSpec
 from paceline.engine.page_table import PageTable
 
@@ -168,3 +169,19 @@ class Request:
     def is_finished(self) -> bool:
         """Whether every sequence ended."""
         return all(s.phase is Phase.FINISHED for s in self.sequences)
+
+
+def check_tokens(request: Request, max_context_tokens: int, vocab_size: int) -> None:
+    """Refuse what the runner could not compute, before it is in a step with others.
+
+    Raises:
+        InvalidRequestError: the prompt is empty, does not fit, or names unknown tokens.
+    """
+    prompt, limit = request.spec.prompt_token_ids, max_context_tokens
+    outputs = [request.resumed.get(index, ()) for index in request.open_indices]
+    longest = len(prompt) + max(map(len, outputs), default=0)
+    if not 0 < len(prompt) < limit or longest > limit:
+        raise InvalidRequestError("prompt", f"{longest} tokens, the context holds {limit}")
+    for tokens in [prompt, *outputs]:
+        if tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size:
+            raise InvalidRequestError("prompt", f"token ids end at {vocab_size - 1}")

@@ -7,37 +7,34 @@ V vocabulary.
 
 from __future__ import annotations
 
+import math
+import mmap
 import time
 
 import numpy as np
 import torch
 
 from paceline.engine.kernels import AttentionBatch
-from paceline.engine.models.decoder import DecoderModel
+from paceline.engine.models.load import Model
 from paceline.engine.sampling.sampler import sample
 from paceline.engine.step import Row, SampledToken, StepPlan, StepResult
+
+_PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 
 
 class Runner:
     """One model and its page pool on one device."""
 
     def __init__(
-        self, model: DecoderModel, *, num_pages: int, block_size: int, dtype: torch.dtype
+        self, model: Model, *, num_pages: int, block_size: int, dtype: torch.dtype
     ) -> None:
         config = model.config
         self._model = model
         self._block_size = block_size
         # Page-major: a page holds K and V of all layers in one run of bytes, so moving a block
         # to or from the KV store is one copy.
-        self._kv_PL2KTD = torch.zeros(
-            num_pages,
-            config.num_layers,
-            2,
-            config.num_kv_heads,
-            block_size,
-            config.head_dim,
-            dtype=dtype,
-        )
+        shape = (num_pages, config.num_layers, 2, config.num_kv_heads, block_size, config.head_dim)
+        self._kv_PL2KTD = _zeros_on_huge_pages(shape, dtype)
         self._bytes_P = self._kv_PL2KTD.view(num_pages, -1).view(torch.uint8).numpy()
 
     @property
@@ -73,7 +70,7 @@ class Runner:
             failed |= _rows_with_nan(plan, x_NE)
             drawn = [i for i, row in enumerate(plan.rows) if row.sample is not None]
             if drawn:
-                logits_MV = self._model.logits(x_NE[_last_tokens(plan)])
+                logits_MV = self._model.logits(x_NE, _last_tokens(plan))
                 specs = [row.sample for row in plan.rows if row.sample is not None]
                 for i, token in zip(drawn, sample(logits_MV, specs), strict=True):
                     sampled[i] = token
@@ -84,7 +81,7 @@ class Runner:
     @torch.inference_mode()
     def logits(self, plan: StepPlan) -> torch.Tensor:
         """Compute the plan's rows and return float32 logits of the rows to draw from, [M, V]."""
-        return self._model.logits(self._residuals(plan)[_last_tokens(plan)])
+        return self._model.logits(self._residuals(plan), _last_tokens(plan))
 
     def _residuals(self, plan: StepPlan) -> torch.Tensor:
         """Compute the plan's rows; return the last layer's residuals, [N, E]."""
@@ -116,6 +113,14 @@ class Runner:
             torch.from_numpy(slots_N),
             attention,
         )
+
+
+def _zeros_on_huge_pages(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Map zeros that take memory as they are touched, on 2 MiB pages where the kernel has them."""
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=_PRIVATE)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def _last_tokens(plan: StepPlan) -> torch.Tensor:

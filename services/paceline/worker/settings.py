@@ -23,8 +23,9 @@ class WorkerSettings(ServiceSettings):
     """gRPC port; 0 takes any free one."""
     kv_node: str = ""
     """KV store node: `host:port` or a member id; empty runs without a store."""
-    dtype: Literal["f32", "bf16"] = "f32"
-    """Element type of weights and KV; f32 is exact against reference implementations."""
+    dtype: Literal["f32", "bf16", "int8"] = "f32"
+    """Format of weights: f32 is exact against reference implementations, int8 has one scale
+    per output and per token and keeps KV in bf16."""
     block_size: int = Field(default=16, ge=1, le=4096)
     """Tokens per KV block; all workers and nodes of a fleet must agree."""
     num_kv_blocks: int | None = Field(default=None, ge=2)

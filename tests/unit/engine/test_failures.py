@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
-import torch
+from safetensors.torch import load_file, save_file
 
 from paceline.domain.errors import InternalError
 from paceline.domain.request import GenerationSpec, SamplingParams
@@ -138,16 +139,23 @@ def test_what_a_failed_row_computed_is_not_cached() -> None:
     assert tokens_of(outputs["r"]) == expected_tokens(spec_of("r", length=12), 0, context=64)
 
 
+def _poisoned(directory: Path, token: int) -> Path:
+    """Make a token's embedding NaN in a checkpoint."""
+    path = directory / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    tensors["model.embed_tokens.weight"][token] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+    return directory
+
+
 def test_nan_in_a_chunk_is_found_before_anybody_can_reuse_it(tmp_path: Path) -> None:
     """Also where nothing is drawn yet: the chunk's blocks are neither cached nor saved."""
-    directory = random_checkpoint("qwen2", tmp_path / "qwen2")
+    directory = _poisoned(random_checkpoint("qwen2", tmp_path / "qwen2"), 1234)
     options = EngineOptions(model=str(directory), num_kv_blocks=64, chunk_tokens=32)
     engine, card = build_engine(options)
     arena = MemoryArena(64, card.block_bytes)
     engine.attach_arena(arena)
     engine.grant_slots([arena.free.pop() for _ in range(64)])
-    with torch.inference_mode():
-        engine._runner._model._embedding_VE[1234] = float("nan")  # type: ignore[attr-defined]
     spec = GenerationSpec("bad", (*range(40), 1234, *range(100)), max_tokens=4)
     engine.submit(spec, is_prefill_only=True)
     (lookup,) = engine.step()
@@ -163,13 +171,10 @@ def test_nan_in_a_chunk_is_found_before_anybody_can_reuse_it(tmp_path: Path) -> 
 
 
 def test_one_poisoned_token_of_a_real_model_fails_one_request(tmp_path: Path) -> None:
-    directory = random_checkpoint("qwen2", tmp_path / "qwen2")
-    engine, _ = build_engine(EngineOptions(model=str(directory), num_kv_blocks=64))
     poisoned = 1234
-    embedding = engine._runner._model._embedding_VE  # type: ignore[attr-defined]
-    with torch.inference_mode():
-        clean = embedding[poisoned].clone()
-        embedding[poisoned] = float("nan")
+    sound = random_checkpoint("qwen2", tmp_path / "sound")
+    directory = _poisoned(shutil.copytree(sound, tmp_path / "poisoned"), poisoned)
+    engine, _ = build_engine(EngineOptions(model=str(directory), num_kv_blocks=64))
     greedy = SamplingParams(temperature=0.0)
     prompts = {f"r{i}": tuple(range(10 + i, 50 + i)) for i in range(4)}
     prompts["bad"] = (*range(20), poisoned, *range(20))
@@ -178,9 +183,7 @@ def test_one_poisoned_token_of_a_real_model_fails_one_request(tmp_path: Path) ->
     outputs, failures = run(engine)
     assert failures == {"bad": ["nan-logits"]}
     # The pages of the failed request hold NaN and belong to somebody else now.
-    with torch.inference_mode():
-        embedding[poisoned] = clean
-    fresh, _ = build_engine(EngineOptions(model=str(directory), num_kv_blocks=64))
+    fresh, _ = build_engine(EngineOptions(model=str(sound), num_kv_blocks=64))
     for round_ in range(3):
         for e in (engine, fresh):
             for i in range(8):

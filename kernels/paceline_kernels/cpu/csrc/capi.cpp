@@ -12,13 +12,14 @@ using namespace paceline;
 namespace {
 
 const Table* chosen = nullptr;
-std::unique_ptr<Team> team;
+// Decoders keep the team they were made with.
+std::shared_ptr<Team> team;
 
 const Table& table() { return chosen ? *chosen : *(chosen = find_table(nullptr)); }
 
-Team& current_team() {
-  if (!team) team = std::make_unique<Team>(1);
-  return *team;
+std::shared_ptr<Team> current_team() {
+  if (!team) team = std::make_shared<Team>(1);
+  return team;
 }
 
 struct Linear {
@@ -46,11 +47,10 @@ int pl_use_isa(const char* name) {
   return found ? 0 : -1;
 }
 
-int pl_threads() { return current_team().size(); }
+int pl_threads() { return current_team()->size(); }
 
-// Decoders of before must be gone.
 void pl_set_threads(int threads) {
-  if (threads != current_team().size()) team = std::make_unique<Team>(threads);
+  if (threads != current_team()->size()) team = std::make_shared<Team>(threads);
 }
 
 // ---- operations ------------------------------------------------------------------------------
@@ -81,7 +81,8 @@ void pl_linear_free(void* linear) { delete static_cast<Linear*>(linear); }
 // x [rows, inputs] float32 -> out [rows, outputs], or half as many when gated.
 void pl_linear(void* linear, const float* x, int rows, int is_gated, float* out) {
   const PackedWeight& w = static_cast<Linear*>(linear)->owned.weight;
-  Team& threads = current_team();
+  const auto held = current_team();
+  Team& threads = *held;
   const ptrdiff_t stride = operand_stride(w);
   HugeBuffer operand(size_t(round_up(rows, kRowBlock)) * stride);
   std::vector<float> scales(rows);

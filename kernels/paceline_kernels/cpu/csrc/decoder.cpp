@@ -14,11 +14,11 @@ constexpr int kLanesPerItem = kTilesPerItem * 16;
 
 }  // namespace
 
-Decoder::Decoder(const DecoderConfig& config, const Table& table, Team& team)
-    : layers(config.layers), config_(config), table_(table), team_(team) {
+Decoder::Decoder(const DecoderConfig& config, const Table& table, std::shared_ptr<Team> team)
+    : layers(config.layers), config_(config), table_(table), held_(team), team_(*team) {
   const int most = std::max({config.hidden, config.inner, config.heads * config.head_size});
   const size_t bytes = size_t(kOwnOperand + 32 * round_up(most, 64)) * 4 + 32 * 128 + 4096;
-  for (int i = 0; i < team.size(); ++i) {
+  for (int i = 0; i < team_.size(); ++i) {
     scratch_.push_back(table.new_scratch());
     own_operands_.emplace_back(bytes);
   }

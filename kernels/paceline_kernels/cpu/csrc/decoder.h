@@ -1,6 +1,7 @@
 // A Llama-type decoder's forward pass as one call: every thread walks through all layers.
 #pragma once
 
+#include <memory>
 #include <vector>
 
 #include "pack.h"
@@ -43,7 +44,7 @@ struct Step {
 
 class Decoder {
  public:
-  Decoder(const DecoderConfig& config, const Table& table, Team& team);
+  Decoder(const DecoderConfig& config, const Table& table, std::shared_ptr<Team> team);
   ~Decoder();
 
   std::vector<Layer> layers;
@@ -75,6 +76,7 @@ class Decoder {
 
   const DecoderConfig config_;
   const Table& table_;
+  const std::shared_ptr<Team> held_;
   Team& team_;
   std::vector<ThreadScratch*> scratch_;
   std::vector<HugeBuffer> own_operands_;  // per thread, for few rows

@@ -45,6 +45,7 @@ Team::~Team() {
 }
 
 void Team::run(void (*body)(void*, int), void* context) {
+  const std::lock_guard lock(running_);
   body_ = body;
   context_ = context;
   task_.store(0, std::memory_order_relaxed);

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <atomic>
+#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -22,7 +23,8 @@ class Team {
 
   int size() const { return size_; }
 
-  // Calls body(context, thread) on every thread; the caller is thread 0. Not reentrant.
+  // Calls body(context, thread) on every thread; the caller is thread 0. One call at a time:
+  // others wait.
   void run(void (*body)(void* context, int thread), void* context);
 
   template <typename Body>
@@ -40,6 +42,7 @@ class Team {
   void serve(int thread);
 
   const int size_;
+  std::mutex running_;
   void (*body_)(void*, int) = nullptr;
   void* context_ = nullptr;
   alignas(64) std::atomic<int> epoch_{0};

@@ -7,6 +7,7 @@ import json
 import sys
 
 from paceline.domain.errors import PacelineError
+from paceline.engine.bench.neighbours import Neighbours
 from paceline.engine.bench.options import BenchOptions
 
 _BENCHES = {
@@ -23,12 +24,13 @@ def main(argv: list[str]) -> int:
     name, options = argv
     module, function = _BENCHES[name]
     bench = getattr(importlib.import_module(f"paceline.engine.bench.{module}"), function)
+    neighbours = Neighbours()
     try:
         report = bench(BenchOptions.from_json(options))
     except (PacelineError, ValueError, OSError) as error:
         print(f"paceline bench {name}: {error}", file=sys.stderr, flush=True)
         return 1
-    print(json.dumps(report), flush=True)
+    print(json.dumps({**report, "other_cpu_share": neighbours.cpu_share()}), flush=True)
     return 0
 
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 
 from paceline.engine import kernels
-from paceline.engine.kernels import AttentionBatch
-from paceline.engine.models.config import ModelConfig, UnsupportedModelError, rope_table
+from paceline.engine.kernels import AttentionBatch, QuantisedWeight
+from paceline.engine.models.config import ModelConfig, rope_table
+from paceline.engine.models.tensors import TensorStore
 
-_SERVED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Plain numbers; narrower ones need scales that only their format knows."""
+Weight = torch.Tensor | QuantisedWeight
 
 
 @dataclass(slots=True)
@@ -25,16 +25,23 @@ class _Layer:
 
     input_norm: torch.Tensor
     post_norm: torch.Tensor
-    qkv: torch.Tensor
+    qkv: Weight
     qkv_bias: torch.Tensor | None
-    o: torch.Tensor
+    o: Weight
     o_bias: torch.Tensor | None
-    gate_up: torch.Tensor
+    gate_up: Weight
     gate_up_bias: torch.Tensor | None
-    down: torch.Tensor
+    down: Weight
     down_bias: torch.Tensor | None
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
+
+    def quantise(self) -> None:
+        """Bring the weights of products to int8."""
+        self.qkv, self.o, self.gate_up, self.down = (
+            kernels.quantise_weight(weight) if isinstance(weight, torch.Tensor) else weight
+            for weight in (self.qkv, self.o, self.gate_up, self.down)
+        )
 
 
 class DecoderModel:
@@ -48,24 +55,31 @@ class DecoderModel:
         dtype: torch.dtype,
         device: str,
         max_context_tokens: int | None = None,
+        is_int8: bool = False,
     ) -> None:
         """Take over the weights; fewer positions than the model's own save memory.
+
+        With `is_int8` the weights of products are quantised, and `dtype` is the activations'.
 
         Raises:
             UnsupportedModelError: a tensor is missing, unknown, or of another shape or kind.
         """
         self.config = config
-        store = _Weights(weights, dtype, device)
+        store = TensorStore(weights, dtype, device)
         size = (config.vocab_size, config.hidden_size)
         self._embedding_VE = store.take("model.embed_tokens.weight", size)
         self._layers = [_load_layer(store, config, i) for i in range(config.num_layers)]
         self._norm_E = store.take("model.norm.weight", (config.hidden_size,))
         if config.tie_embeddings:
             store.drop("lm_head.weight")
-            self._head_VE = self._embedding_VE
+            self._head_VE: Weight = self._embedding_VE
         else:
             self._head_VE = store.take("lm_head.weight", size)
         store.check_empty()
+        if is_int8:
+            self._head_VE = kernels.quantise_weight(self._head_VE)
+            for layer in self._layers:
+                layer.quantise()
         num_positions = max_context_tokens or config.max_context_tokens
         self._cos_sin_C2D = rope_table(config, num_positions).to(device)
 
@@ -95,9 +109,9 @@ class DecoderModel:
             x_NE = x_NE + kernels.linear(kernels.silu_mul(gate_up), layer.down, layer.down_bias)
         return x_NE
 
-    def logits(self, x_ME: torch.Tensor) -> torch.Tensor:
-        """Return float32 logits of residuals, [M, V]."""
-        h_ME = kernels.rms_norm(x_ME, self._norm_E, self.config.rms_norm_eps)
+    def logits(self, x_NE: torch.Tensor, rows_M: torch.Tensor) -> torch.Tensor:
+        """Return float32 logits of some rows of residuals, [M, V]."""
+        h_ME = kernels.rms_norm(x_NE[rows_M], self._norm_E, self.config.rms_norm_eps)
         return kernels.linear(h_ME, self._head_VE).float()
 
     def _attend(
@@ -120,65 +134,13 @@ class DecoderModel:
             k_NKD = kernels.rms_norm(k_NKD, layer.k_norm, config.rms_norm_eps)
         q_NHD, k_NKD = kernels.rotary(q_NHD, k_NKD, self._cos_sin_C2D, positions_N)
         kernels.write_kv(k_NKD, v.unflatten(-1, (kv_heads, size)), kv_P2KTD, slots_N)
-        out_NHD = kernels.paged_attention(q_NHD, kv_P2KTD, attention, size**-0.5, window=window)
-        return kernels.linear(out_NHD.flatten(1), layer.o, layer.o_bias)
+        out_NHD = kernels.paged_attention(
+            q_NHD.to(kv_P2KTD.dtype), kv_P2KTD, attention, size**-0.5, window=window
+        )
+        return kernels.linear(out_NHD.flatten(1).to(h_NE.dtype), layer.o, layer.o_bias)
 
 
-class _Weights:
-    """Hands out a checkpoint's tensors once each, checked and cast.
-
-    The tensors are views of the mapped files, so nothing is read before it is taken, and what
-    needs neither cast nor fusion stays the file's own memory.
-    """
-
-    def __init__(
-        self, weights: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, device: str
-    ) -> None:
-        self._tensors: dict[str, torch.Tensor] = {}
-        for name, tensor in weights:
-            if name in self._tensors:
-                raise UnsupportedModelError(f"tensor {name} is in the checkpoint twice")
-            self._tensors[name] = tensor
-        self._dtype = dtype
-        self._device = device
-
-    def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """Remove and return a tensor.
-
-        Raises:
-            UnsupportedModelError: it is missing, quantised, or has another shape.
-        """
-        return self._pop(name, shape).to(self._device, self._dtype)
-
-    def fuse(self, names: list[str], sizes: list[int], *tail: int) -> torch.Tensor:
-        """Remove several tensors and return them joined along their first dimension."""
-        fused = torch.empty(sum(sizes), *tail, dtype=self._dtype, device=self._device)
-        for name, part in zip(names, fused.split(sizes), strict=True):
-            part.copy_(self._pop(name, tuple(part.shape)))
-        return fused
-
-    def _pop(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        tensor = self._tensors.pop(name, None)
-        if tensor is None:
-            raise UnsupportedModelError(f"tensor {name} is missing from the checkpoint")
-        if tuple(tensor.shape) != shape:
-            raise UnsupportedModelError(f"tensor {name}: {tuple(tensor.shape)}, expected {shape}")
-        if tensor.dtype not in _SERVED_DTYPES:
-            raise UnsupportedModelError(f"tensor {name}: {tensor.dtype} is not supported")
-        return tensor
-
-    def drop(self, name: str) -> None:
-        """Ignore a tensor."""
-        self._tensors.pop(name, None)
-
-    def check_empty(self) -> None:
-        """Refuse a checkpoint with tensors that nothing used, rotary buffers excepted."""
-        left = sorted(n for n in self._tensors if not n.endswith("rotary_emb.inv_freq"))
-        if left:
-            raise UnsupportedModelError(f"unexpected tensors: {', '.join(left[:4])}")
-
-
-def _load_layer(store: _Weights, config: ModelConfig, index: int) -> _Layer:
+def _load_layer(store: TensorStore, config: ModelConfig, index: int) -> _Layer:
     base = f"model.layers.{index}"
     attention, mlp = f"{base}.self_attn", f"{base}.mlp"
     hidden, inner, size = config.hidden_size, config.intermediate_size, config.head_dim

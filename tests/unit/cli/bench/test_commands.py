@@ -42,6 +42,7 @@ def test_the_engine_bench_prints_its_report_last() -> None:
     assert report.keys() >= KEYS
     assert (report["peer"], report["model"], report["threads"]) == ("paceline", "demo", 1)
     assert len(report["head"]) == 3
+    assert 0 <= report["other_cpu_share"] <= 1
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,84 @@
+"""Chooses the form of a model that computes fastest here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from paceline.engine import kernels
+from paceline.engine.kernels import AttentionBatch
+from paceline.engine.models.config import ModelConfig
+from paceline.engine.models.decoder import DecoderModel
+from paceline.engine.models.fused import FusedModel
+from paceline.engine.weights import load_tensors
+
+KV_DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16}
+"""Element type of KV by the weights' format."""
+
+
+class Model(Protocol):
+    """What the runner needs of a model."""
+
+    config: ModelConfig
+
+    def forward(
+        self,
+        tokens_N: torch.Tensor,
+        positions_N: torch.Tensor,
+        kv_PL2KTD: torch.Tensor,
+        slots_N: torch.Tensor,
+        attention: AttentionBatch,
+    ) -> torch.Tensor:
+        """Compute all tokens, store their KV, return the last layer's residuals, [N, E].
+
+        A residual that is finite vouches for the KV stored with it: whatever a token stores
+        also enters its own attention.
+        """
+        ...
+
+    def logits(self, x_NE: torch.Tensor, rows_M: torch.Tensor) -> torch.Tensor:
+        """Return float32 logits of some rows of residuals, [M, V]."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOptions:
+    """How a model is loaded."""
+
+    weight_format: str
+    """"f32", "bf16" or "int8"."""
+    block_size: int
+    max_context_tokens: int
+    threads: int
+
+
+def load_model(directory: Path, config: ModelConfig, options: ModelOptions) -> Model:
+    """Load a checkpoint as one C++ decoder, or as torch operations where there is none.
+
+    Raises:
+        UnsupportedModelError: a tensor is missing, unknown, or of another shape or kind.
+    """
+    tensors = load_tensors(directory)
+    # What torch is left with is small; a second team of threads would spin beside the first.
+    torch.set_num_threads(1 if kernels.has_fused_decoder() else options.threads)
+    if kernels.has_fused_decoder():
+        kernels.set_threads(options.threads)
+        return FusedModel(
+            config,
+            tensors,
+            weight_type=options.weight_format,
+            kv_dtype=KV_DTYPES[options.weight_format],
+            block_size=options.block_size,
+            max_context_tokens=options.max_context_tokens,
+        )
+    return DecoderModel(
+        config,
+        tensors,
+        dtype=torch.bfloat16 if options.weight_format == "bf16" else torch.float32,
+        device="cpu",
+        max_context_tokens=options.max_context_tokens,
+        is_int8=options.weight_format == "int8",
+    )
