@@ -89,7 +89,12 @@ def unrest(platform: Platform) -> list[str]:
         found.append(f"gateway: {now['requests']['running']} running")
     for member in now["members"]:
         if member["role"] in ("prefill", "decode"):
-            books = worker_books(member["address"])
+            try:
+                books = worker_books(member["address"])
+            except grpc.RpcError as error:
+                # The lease of a killed worker outlives it.
+                found.append(f"{member['id']}: {error.code()}")
+                continue
             found += [f"{member['id']}: {problem}" for problem in books.violations]
             held = (books.num_requests, books.num_held_blocks, books.num_streams)
             if any(held):

@@ -222,9 +222,12 @@ def flip_every_block(arena: Path) -> int:
 
 
 async def test_corrupted_blocks_are_computed_again_and_counted(platform: Platform) -> None:
-    number = 80
+    # So long that taking it from the arena is always quicker than computing it.
+    prompt = [5 + (i * i * 7) % 4000 for i in range(1500)]
+    request = request_for(0)
+    request.token_ids.ids[:] = prompt
     async with Client(platform.grpc) as client:
-        first = await client.generate(request_for(number), timeout=60)
+        first = await client.generate(request, timeout=60)
         # Engines have caches of their own: without them the prompt comes from the arena.
         for role in ("prefill", "decode"):
             for index in range(2):
@@ -232,10 +235,10 @@ async def test_corrupted_blocks_are_computed_again_and_counted(platform: Platfor
                 platform.wait_replaced(role, index, old)
         until_sync(lambda: has_all(platform), 30)
         assert flip_every_block(arena_of(platform.pid("kvstore"))) > 0
-        again = await client.generate(request_for(number), timeout=60)
+        again = await client.generate(request, timeout=60)
     assert again.ids == first.ids
     assert again.usage[0].cached_prompt_tokens == 0
-    assert_greedy(DEMO, prompt_ids(number), again.ids[0])
+    assert_greedy(DEMO, prompt, again.ids[0])
     name = "paceline_kv_corrupt_blocks_total"
     until_sync(lambda: fleet_metric(platform, name, "prefill", "decode") > 0)
     name = "paceline_kv_node_corrupt_blocks_total"

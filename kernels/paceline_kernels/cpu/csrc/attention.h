@@ -94,6 +94,8 @@ struct AttentionScratch {
   std::vector<float> states;         // [tiles] x LaneState
 };
 
+constexpr int kParts = kLanes / kNative;  // registers of 16 lanes
+
 // ---- float32 ---------------------------------------------------------------------------------
 
 #if defined(__AVX512F__)
@@ -104,68 +106,73 @@ constexpr int kTokenRows = 4;
 constexpr int kTokenRows = 2;
 #endif
 
+// Calls with the distance between tokens as a constant for the usual head sizes: with it in the
+// instructions a tile's 16 rows need one address instead of 16.
+template <typename Call>
+void with_stride(ptrdiff_t stride, Call&& call) {
+  switch (stride) {
+    case 64: return call(std::integral_constant<ptrdiff_t, 64>{});
+    case 80: return call(std::integral_constant<ptrdiff_t, 80>{});
+    case 96: return call(std::integral_constant<ptrdiff_t, 96>{});
+    case 128: return call(std::integral_constant<ptrdiff_t, 128>{});
+    case 256: return call(std::integral_constant<ptrdiff_t, 256>{});
+    default: return call(stride);
+  }
+}
+
 // scores[t] += q[k] * key[t][k] for all k, t in one tile of 16 keys.
-inline void scores_f32(const float* keys, ptrdiff_t stride, const float* q, int size, float* scores,
-                       const uint8_t* ahead) {
+template <typename Stride>
+void scores_f32(const float* keys, Stride stride, const float* q, int size, float* scores,
+                const uint8_t* ahead) {
   for (int t = 0; t < 16; t += kTokenRows) {
-    f32x16 acc[kTokenRows] = {};
+    f32xn acc[kTokenRows][kParts] = {};
     const float* key = keys + t * stride;
     for (int k = 0; k < size; ++k) {
-      const f32x16 lanes = load(q + k * kLanes);
       __builtin_prefetch(ahead + 64 * k);
-      for (int i = 0; i < kTokenRows; ++i) acc[i] += key[i * stride + k] * lanes;
+      for (int n = 0; n < kParts; ++n) {
+        const f32xn lanes = load_as<f32xn>(q + k * kLanes + n * kNative);
+        for (int i = 0; i < kTokenRows; ++i) acc[i][n] += key[i * stride + k] * lanes;
+      }
     }
-    for (int i = 0; i < kTokenRows; ++i) store(scores + (t + i) * kLanes, acc[i]);
+    std::memcpy(scores + t * kLanes, acc, sizeof acc);
   }
 }
 
 // out[d] += value[t][d] * weights[t] over `tokens` rows of one tile of 16 values.
-inline void values_f32(const float* values, ptrdiff_t stride, const float* weights, int tokens,
-                       int padded, float* out, const uint8_t* ahead) {
+template <typename Stride>
+void values_f32(const float* values, Stride stride, const float* weights, int tokens, int padded,
+                float* out, const uint8_t* ahead) {
   for (int d = 0; d < padded; d += kTokenRows) {
-    f32x16 acc[kTokenRows];
-    for (int i = 0; i < kTokenRows; ++i) acc[i] = load(out + (d + i) * kLanes);
+    f32xn acc[kTokenRows][kParts];
+    std::memcpy(acc, out + d * kLanes, sizeof acc);
     for (int t = 0; t < tokens; ++t) {
-      const f32x16 p = load(weights + t * kLanes);
       __builtin_prefetch(ahead + 64 * (d + t));
-      for (int i = 0; i < kTokenRows; ++i) acc[i] += values[t * stride + d + i] * p;
+      for (int n = 0; n < kParts; ++n) {
+        const f32xn p = load_as<f32xn>(weights + t * kLanes + n * kNative);
+        for (int i = 0; i < kTokenRows; ++i) acc[i][n] += values[t * stride + d + i] * p;
+      }
     }
-    for (int i = 0; i < kTokenRows; ++i) store(out + (d + i) * kLanes, acc[i]);
+    std::memcpy(out + d * kLanes, acc, sizeof acc);
   }
 }
 
 // ---- bfloat16: pairs along the summed dimension, [pairs][16][2] ------------------------------
 
-inline f32x16 dot_pairs(f32x16 acc, uint32_t pair, u32x16 lanes) {
-#if defined(__AVX512BF16__)
-  return (f32x16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(int32_t(pair)),
-                                  (__m512bh)(__m512i)lanes);
-#else
-  const uint32_t low = pair << 16, high = pair & 0xFFFF0000u;
-  float x0, x1;
-  std::memcpy(&x0, &low, sizeof x0);
-  std::memcpy(&x1, &high, sizeof x1);
-  acc += x0 * (f32x16)(lanes << 16);
-  return acc + x1 * (f32x16)(lanes & 0xFFFF0000u);
-#endif
-}
-
 inline void scores_bf16(const uint8_t* keys, ptrdiff_t stride, const uint8_t* q, int size,
                         float* scores, const uint8_t* ahead) {
   for (int t = 0; t < 16; t += kTokenRows) {
-    f32x16 acc[kTokenRows] = {};
+    f32xn acc[kTokenRows][kParts] = {};
     const uint8_t* key = keys + t * stride;
     for (int k = 0; k < size / 2; ++k) {
-      u32x16 lanes;
-      std::memcpy(&lanes, q + k * 64, sizeof lanes);
       __builtin_prefetch(ahead + 64 * k);
-      for (int i = 0; i < kTokenRows; ++i) {
-        uint32_t pair;
-        std::memcpy(&pair, key + i * stride + 4 * k, sizeof pair);
-        acc[i] = dot_pairs(acc[i], pair, lanes);
+      for (int n = 0; n < kParts; ++n) {
+        const u32xn lanes = load_as<u32xn>(q + k * 64 + n * 4 * kNative);
+        for (int i = 0; i < kTokenRows; ++i) {
+          acc[i][n] = dot_pairs(acc[i][n], load_as<uint32_t>(key + i * stride + 4 * k), lanes);
+        }
       }
     }
-    for (int i = 0; i < kTokenRows; ++i) store(scores + (t + i) * kLanes, acc[i]);
+    std::memcpy(scores + t * kLanes, acc, sizeof acc);
   }
 }
 
@@ -173,19 +180,19 @@ inline void scores_bf16(const uint8_t* keys, ptrdiff_t stride, const uint8_t* q,
 inline void values_bf16(const uint8_t* values, int pairs, const uint8_t* weights, int padded,
                         float* out, const Ahead& ahead) {
   for (int d = 0; d < padded; d += kTokenRows) {
-    f32x16 acc[kTokenRows];
-    for (int i = 0; i < kTokenRows; ++i) acc[i] = load(out + (d + i) * kLanes);
+    f32xn acc[kTokenRows][kParts];
+    std::memcpy(acc, out + d * kLanes, sizeof acc);
     for (int t = 0; t < pairs; ++t) {
-      u32x16 p;
-      std::memcpy(&p, weights + t * 64, sizeof p);
       __builtin_prefetch(ahead.values[t / 8] + 64 * (d / 2 + t % 8));
-      for (int i = 0; i < kTokenRows; ++i) {
-        uint32_t pair;
-        std::memcpy(&pair, values + (size_t(t) * padded + d + i) * 4, sizeof pair);
-        acc[i] = dot_pairs(acc[i], pair, p);
+      const uint8_t* pair = values + (size_t(t) * padded + d) * 4;
+      for (int n = 0; n < kParts; ++n) {
+        const u32xn p = load_as<u32xn>(weights + t * 64 + n * 4 * kNative);
+        for (int i = 0; i < kTokenRows; ++i) {
+          acc[i][n] = dot_pairs(acc[i][n], load_as<uint32_t>(pair + 4 * i), p);
+        }
       }
     }
-    for (int i = 0; i < kTokenRows; ++i) store(out + (d + i) * kLanes, acc[i]);
+    std::memcpy(out + d * kLanes, acc, sizeof acc);
   }
 }
 
@@ -343,8 +350,11 @@ void attend_block(const Context& c, const KvBlock& block, const Ahead& ahead, co
   float* scores = scratch.scores.data();
   if (s.kv_type == Type::kF32) {
     for (int t = 0; t < block.tokens; t += 16) {
-      scores_f32(reinterpret_cast<const float*>(block.keys[t / 16]), block.key_stride / 4,
-                 reinterpret_cast<const float*>(q), s.head_size, scores + t * kLanes, ahead.keys[t / 16]);
+      with_stride(block.key_stride / 4, [&](auto stride) {
+        scores_f32(reinterpret_cast<const float*>(block.keys[t / 16]), stride,
+                   reinterpret_cast<const float*>(q), s.head_size, scores + t * kLanes,
+                   ahead.keys[t / 16]);
+      });
     }
   } else {
 #if defined(__AMX_TILE__)
@@ -411,9 +421,11 @@ void attend_block(const Context& c, const KvBlock& block, const Ahead& ahead, co
   if (s.kv_type == Type::kF32) {
     for (int t = 0; t < block.tokens; t += 16) {
       const int count = block.tokens - t < 16 ? block.tokens - t : 16;
-      values_f32(reinterpret_cast<const float*>(block.values[t / 16]), block.key_stride / 4,
-                 reinterpret_cast<const float*>(weights) + t * kLanes, count, padded, state.values,
-                 ahead.values[t / 16]);
+      with_stride(block.key_stride / 4, [&](auto stride) {
+        values_f32(reinterpret_cast<const float*>(block.values[t / 16]), stride,
+                   reinterpret_cast<const float*>(weights) + t * kLanes, count, padded,
+                   state.values, ahead.values[t / 16]);
+      });
     }
   } else {
 #if defined(__AMX_TILE__)

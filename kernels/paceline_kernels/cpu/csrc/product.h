@@ -30,101 +30,114 @@ constexpr int kF32Rows = 1;
 // core's window with so few loads that memory would be waited for otherwise.
 constexpr int kAhead = 2048;
 
+constexpr int kColumns = kPanel / kNative;  // registers that hold a panel's outputs
+
+template <int R, typename V>
+struct Sums {
+  V v[R][kColumns];
+
+  template <typename T>
+  Sums(const T (*c)[kPanel], bool accumulate) {
+    for (int r = 0; r < R; ++r) {
+      for (int n = 0; n < kColumns; ++n) v[r][n] = accumulate ? load_as<V>(c[r] + n * kNative) : V{};
+    }
+  }
+
+  template <typename T>
+  void write(T (*c)[kPanel]) const {
+    for (int r = 0; r < R; ++r) {
+      for (int n = 0; n < kColumns; ++n) store_as(c[r] + n * kNative, v[r][n]);
+    }
+  }
+};
+
 template <int R>
 void f32_rows(const uint8_t* a, ptrdiff_t stride, const uint8_t* panel, int begin, int end,
               float (*c)[kPanel], bool accumulate) {
-  f32x16 acc[R][2];
-  for (int r = 0; r < R; ++r) {
-    for (int h = 0; h < 2; ++h) acc[r][h] = accumulate ? load(c[r] + 16 * h) : f32x16{};
-  }
-  const float* b = reinterpret_cast<const float*>(panel) + size_t(begin) * kPanel;
-  for (int k = begin; k < end; ++k, b += kPanel) {
-    __builtin_prefetch(reinterpret_cast<const uint8_t*>(b) + kAhead);
-    __builtin_prefetch(reinterpret_cast<const uint8_t*>(b) + kAhead + 64);
-    const f32x16 b0 = load(b), b1 = load(b + 16);
+  Sums<R, f32xn> sums(c, accumulate);
+  const uint8_t* b = panel + size_t(begin) * kPanel * 4;
+  for (int k = begin; k < end; ++k, b += kPanel * 4) {
+    __builtin_prefetch(b + kAhead);
+    __builtin_prefetch(b + kAhead + 64);
+    f32xn w[kColumns];
+    for (int n = 0; n < kColumns; ++n) w[n] = load_as<f32xn>(b + 4 * kNative * n);
     for (int r = 0; r < R; ++r) {
-      const float x = reinterpret_cast<const float*>(a + r * stride)[k];
-      acc[r][0] += x * b0;
-      acc[r][1] += x * b1;
+      const float x = load_as<float>(a + r * stride + 4 * k);
+      for (int n = 0; n < kColumns; ++n) sums.v[r][n] += x * w[n];
     }
   }
-  for (int r = 0; r < R; ++r) {
-    for (int h = 0; h < 2; ++h) store(c[r] + 16 * h, acc[r][h]);
-  }
+  sums.write(c);
 }
 
-// Pairs of bf16: the product of the first of each pair, then of the second.
+// The words that register `n` takes of a step's two tiles, [2][16 words of K][16 outputs].
+inline u32xn panel_words(const uint8_t* step, int word, int n) {
+  constexpr int kPerHalf = 16 / kNative;
+  return load_as<u32xn>(step + n / kPerHalf * 1024 + word * 64 + n % kPerHalf * 4 * kNative);
+}
+
 template <int R>
 void bf16_rows(const uint8_t* a, ptrdiff_t stride, const uint8_t* panel, int begin, int end,
                float (*c)[kPanel], bool accumulate) {
-  f32x16 acc[R][2];
-  for (int r = 0; r < R; ++r) {
-    for (int h = 0; h < 2; ++h) acc[r][h] = accumulate ? load(c[r] + 16 * h) : f32x16{};
-  }
+  Sums<R, f32xn> sums(c, accumulate);
   for (int k = begin; k < end; k += 2) {
-    const uint8_t* b = panel + size_t(k / 32) * 2048 + (k % 32) * 32;
-    for (int h = 0; h < 2; ++h) {
-      u32x16 w;
-      std::memcpy(&w, b + 1024 * h, sizeof w);
-      __builtin_prefetch(b + 1024 * h + kAhead);
-#if defined(__AVX512BF16__)
+    const uint8_t* step = panel + size_t(k / 32) * 2048;
+    __builtin_prefetch(step + k % 32 * 32 + kAhead);
+    __builtin_prefetch(step + k % 32 * 32 + kAhead + 1024);
+    for (int n = 0; n < kColumns; ++n) {
+      const u32xn w = panel_words(step, k % 32 / 2, n);
       for (int r = 0; r < R; ++r) {
-        int32_t pair;
-        std::memcpy(&pair, a + r * stride + 2 * k, sizeof pair);
-        acc[r][h] = (f32x16)_mm512_dpbf16_ps((__m512)acc[r][h], (__m512bh)_mm512_set1_epi32(pair),
-                                             (__m512bh)(__m512i)w);
+        sums.v[r][n] = dot_pairs(sums.v[r][n], load_as<uint32_t>(a + r * stride + 2 * k), w);
       }
-#else
-      const f32x16 first = (f32x16)(w << 16), second = (f32x16)(w & 0xFFFF0000u);
-      for (int r = 0; r < R; ++r) {
-        uint32_t pair;
-        std::memcpy(&pair, a + r * stride + 2 * k, sizeof pair);
-        const uint32_t low = pair << 16, high = pair & 0xFFFF0000u;
-        float x0, x1;
-        std::memcpy(&x0, &low, sizeof x0);
-        std::memcpy(&x1, &high, sizeof x1);
-        acc[r][h] += x0 * first;
-        acc[r][h] += x1 * second;
-      }
-#endif
     }
   }
-  for (int r = 0; r < R; ++r) {
-    for (int h = 0; h < 2; ++h) store(c[r] + 16 * h, acc[r][h]);
-  }
+  sums.write(c);
 }
 
-// Quads of int8, exact in int32.
+// acc + the products of quads of int8, exact in int32.
+inline i32xn dot_quads(i32xn acc, const uint8_t* x, u32xn w) {
+#if defined(__AVX512VNNI__)
+  // Unsigned by signed: 128 is added to x here and 128 * sum(w) taken off at the end.
+  const __m512i quads = _mm512_set1_epi32(load_as<int32_t>(x) ^ int32_t(0x80808080));
+  return (i32xn)_mm512_dpbusd_epi32((__m512i)acc, quads, (__m512i)w);
+#else
+  const int8_t* q = reinterpret_cast<const int8_t*>(x);
+#if defined(__SSE2__)
+  // In 16 bits each; products of pairs of bytes in 16 bits could overflow.
+  const auto pair = [](int8_t low, int8_t high) {
+    return int32_t(uint32_t(uint16_t(low)) | uint32_t(uint16_t(high)) << 16);
+  };
+  const int32_t even = pair(q[0], q[2]), odd = pair(q[1], q[3]);
+#if defined(__AVX2__)
+  const __m256i words = (__m256i)w, low = _mm256_srai_epi16(_mm256_slli_epi16(words, 8), 8);
+  acc += (i32xn)_mm256_madd_epi16(low, _mm256_set1_epi32(even));
+  return acc + (i32xn)_mm256_madd_epi16(_mm256_srai_epi16(words, 8), _mm256_set1_epi32(odd));
+#else
+  const __m128i words = (__m128i)w, low = _mm_srai_epi16(_mm_slli_epi16(words, 8), 8);
+  acc += (i32xn)_mm_madd_epi16(low, _mm_set1_epi32(even));
+  return acc + (i32xn)_mm_madd_epi16(_mm_srai_epi16(words, 8), _mm_set1_epi32(odd));
+#endif
+#else
+  const i32xn s = (i32xn)w;
+  acc += ((s << 24) >> 24) * int32_t(q[0]) + ((s << 16) >> 24) * int32_t(q[1]);
+  return acc + ((s << 8) >> 24) * int32_t(q[2]) + (s >> 24) * int32_t(q[3]);
+#endif
+#endif
+}
+
 template <int R>
 void i8_rows(const uint8_t* a, ptrdiff_t stride, const uint8_t* panel, int begin, int end,
              int32_t (*c)[kPanel], bool accumulate) {
-  i32x16 acc[R][2] = {};
-  if (accumulate) std::memcpy(acc, c, sizeof acc);
+  Sums<R, i32xn> sums(c, accumulate);
   for (int k = begin; k < end; k += 4) {
-    const uint8_t* b = panel + size_t(k / 64) * 2048 + (k % 64) * 16;
-    for (int h = 0; h < 2; ++h) {
-      i32x16 w;
-      std::memcpy(&w, b + 1024 * h, sizeof w);
-      __builtin_prefetch(b + 1024 * h + kAhead);
-#if defined(__AVX512VNNI__)
-      for (int r = 0; r < R; ++r) {
-        int32_t quad;
-        std::memcpy(&quad, a + r * stride + k, sizeof quad);
-        // Unsigned by signed: 128 is added to x here and 128 * sum(w) taken off at the end.
-        const __m512i x = _mm512_set1_epi32(quad ^ int32_t(0x80808080));
-        acc[r][h] = (i32x16)_mm512_dpbusd_epi32((__m512i)acc[r][h], x, (__m512i)w);
-      }
-#else
-      const i32x16 w0 = (w << 24) >> 24, w1 = (w << 16) >> 24, w2 = (w << 8) >> 24, w3 = w >> 24;
-      for (int r = 0; r < R; ++r) {
-        const int8_t* x = reinterpret_cast<const int8_t*>(a + r * stride + k);
-        acc[r][h] += w0 * int32_t(x[0]) + w1 * int32_t(x[1]) + w2 * int32_t(x[2]) +
-                     w3 * int32_t(x[3]);
-      }
-#endif
+    const uint8_t* step = panel + size_t(k / 64) * 2048;
+    __builtin_prefetch(step + k % 64 * 16 + kAhead);
+    __builtin_prefetch(step + k % 64 * 16 + kAhead + 1024);
+    for (int n = 0; n < kColumns; ++n) {
+      const u32xn w = panel_words(step, k % 64 / 4, n);
+      for (int r = 0; r < R; ++r) sums.v[r][n] = dot_quads(sums.v[r][n], a + r * stride + k, w);
     }
   }
-  std::memcpy(c, acc, sizeof acc);
+  sums.write(c);
 }
 
 // Calls the template instance for `rows` <= Most.

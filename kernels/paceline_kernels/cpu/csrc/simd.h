@@ -23,6 +23,42 @@ using u16x16 = uint16_t __attribute__((vector_size(32)));
 
 constexpr int kLanes = 16;
 
+// One register. Loops that keep many sums use these: wider vectors would be kept in memory.
+#if defined(__AVX512F__)
+constexpr int kNative = 16;
+#elif defined(__AVX2__)
+constexpr int kNative = 8;
+#else
+constexpr int kNative = 4;
+#endif
+using f32xn = float __attribute__((vector_size(4 * kNative)));
+using i32xn = int32_t __attribute__((vector_size(4 * kNative)));
+using u32xn = uint32_t __attribute__((vector_size(4 * kNative)));
+
+template <typename V>
+V load_as(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <typename V>
+void store_as(void* p, V v) {
+  std::memcpy(p, &v, sizeof v);
+}
+
+// acc + the products of two pairs of bf16: of the first ones, then of the second ones.
+inline f32xn dot_pairs(f32xn acc, uint32_t pair, u32xn pairs) {
+#if defined(__AVX512BF16__)
+  return (f32xn)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(int32_t(pair)),
+                                 (__m512bh)(__m512i)pairs);
+#else
+  const uint32_t low = pair << 16, high = pair & 0xFFFF0000u;
+  acc += load_as<float>(&low) * (f32xn)(pairs << 16);
+  return acc + load_as<float>(&high) * (f32xn)(pairs & 0xFFFF0000u);
+#endif
+}
+
 inline f32x16 load(const float* p) {
   f32x16 v;
   std::memcpy(&v, p, sizeof v);
