@@ -94,6 +94,45 @@ struct AttentionScratch {
   std::vector<float> states;         // [tiles] x LaneState
 };
 
+// Rows become columns.
+inline void transpose(u32x16 m[16]) {
+#if defined(__AVX512F__)
+  __m512i r[16], t[16];
+  for (int i = 0; i < 16; ++i) r[i] = (__m512i)m[i];
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+    r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
+    t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xDD);
+    t[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
+    t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xDD);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
+    r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xDD);
+    r[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
+    r[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xDD);
+  }
+  for (int i = 0; i < 16; ++i) m[i] = (u32x16)r[i];
+#else
+  for (int i = 0; i < 16; ++i) {
+    for (int j = 0; j < i; ++j) {
+      const uint32_t held = m[i][j];
+      m[i][j] = m[j][i];
+      m[j][i] = held;
+    }
+  }
+#endif
+}
+
 constexpr int kParts = kLanes / kNative;  // registers of 16 lanes
 
 // ---- float32 ---------------------------------------------------------------------------------
@@ -206,32 +245,6 @@ inline u32x16 interleave(const uint16_t* first, const uint16_t* second) {
 
 #if defined(__AMX_TILE__)
 
-inline void transpose_16x16(__m512i r[16]) {
-  __m512i t[16];
-  for (int i = 0; i < 8; ++i) {
-    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-    r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-    r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
-    t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xDD);
-    t[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
-    t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xDD);
-  }
-  for (int i = 0; i < 4; ++i) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
-    r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xDD);
-    r[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
-    r[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xDD);
-  }
-}
-
 // scores [64][16] = keys [64][Dp] x queries [Dp/2][16][2].
 inline void scores_amx(const KvBlock& block, const uint8_t* q, int padded, float* scores) {
   _tile_zero(0);
@@ -322,12 +335,10 @@ inline void arrange_values(const KvBlock& block, int padded, uint8_t* out) {
 #if defined(__AMX_TILE__)
   for (int half = 0; half < 2; ++half) {
     for (int d = 0; d < padded; d += 16) {
-      __m512i rows[16];
-      for (int p = 0; p < 16; ++p) rows[p] = (__m512i)pair(16 * half + p, d);
-      transpose_16x16(rows);
-      for (int i = 0; i < 16; ++i) {
-        _mm512_storeu_si512(out + (d + i) * 128 + 64 * half, rows[i]);
-      }
+      u32x16 rows[16];
+      for (int p = 0; p < 16; ++p) rows[p] = pair(16 * half + p, d);
+      transpose(rows);
+      for (int i = 0; i < 16; ++i) store_as(out + (d + i) * 128 + 64 * half, rows[i]);
     }
   }
 #else
@@ -340,16 +351,16 @@ inline void arrange_values(const KvBlock& block, int padded, uint8_t* out) {
 #endif
 }
 
-// Updates a lane tile's state with one block. Lanes beyond those in use compute harmless numbers.
+// Updates a lane tile's state with the first `used` tokens of a block. Lanes beyond those in use compute harmless numbers.
 template <bool kFetches, typename Mask>
-void attend_block(const Context& c, const KvBlock& block, const Ahead& ahead, const uint8_t* q,
-                  const uint8_t* values,
+void attend_block(const Context& c, const KvBlock& block, int used, const Ahead& ahead,
+                  const uint8_t* q, const uint8_t* values,
                   bool is_masked, Mask&& seen, AttentionScratch& scratch, LaneState state) {
   const AttentionShape& s = c.shape;
   const int padded = padded_head(s);
   float* scores = scratch.scores.data();
   if (s.kv_type == Type::kF32) {
-    for (int t = 0; t < block.tokens; t += 16) {
+    for (int t = 0; t < used; t += 16) {
       with_stride(block.key_stride / 4, [&](auto stride) {
         scores_f32(reinterpret_cast<const float*>(block.keys[t / 16]), stride,
                    reinterpret_cast<const float*>(q), s.head_size, scores + t * kLanes,
@@ -360,7 +371,7 @@ void attend_block(const Context& c, const KvBlock& block, const Ahead& ahead, co
 #if defined(__AMX_TILE__)
     scores_amx(block, q, padded, scores);
 #else
-    for (int t = 0; t < block.tokens; t += 16) {
+    for (int t = 0; t < used; t += 16) {
       scores_bf16(block.keys[t / 16], block.key_stride, q, padded, scores + t * kLanes,
                   ahead.keys[t / 16]);
     }
@@ -376,7 +387,7 @@ void attend_block(const Context& c, const KvBlock& block, const Ahead& ahead, co
 #endif
   };
   f32x16 top = splat(kNever);
-  for (int t = 0; t < block.tokens; ++t) {
+  for (int t = 0; t < used; ++t) {
     f32x16 x = load(scores + t * kLanes);
     fetch_row(ahead.keys, t);
     if (is_masked) {
@@ -399,13 +410,13 @@ void attend_block(const Context& c, const KvBlock& block, const Ahead& ahead, co
   };
   uint8_t* weights = scratch.weights.data();
   if (s.kv_type == Type::kF32) {
-    for (int t = 0; t < block.tokens; ++t) {
+    for (int t = 0; t < used; ++t) {
       store(reinterpret_cast<float*>(weights) + t * kLanes, weight(t));
     }
   } else {
     for (int t = 0; t < kKvBlock; t += 2) {
-      const f32x16 p0 = t < block.tokens ? weight(t) : f32x16{};
-      const f32x16 p1 = t + 1 < block.tokens ? weight(t + 1) : f32x16{};
+      const f32x16 p0 = t < used ? weight(t) : f32x16{};
+      const f32x16 p1 = t + 1 < used ? weight(t + 1) : f32x16{};
       fetch_row(ahead.values, t);
       fetch_row(ahead.values, t + 1);
       const u32x16 words = widen_words(to_bf16(p0)) | (widen_words(to_bf16(p1)) << 16);
@@ -419,8 +430,8 @@ void attend_block(const Context& c, const KvBlock& block, const Ahead& ahead, co
     }
   }
   if (s.kv_type == Type::kF32) {
-    for (int t = 0; t < block.tokens; t += 16) {
-      const int count = block.tokens - t < 16 ? block.tokens - t : 16;
+    for (int t = 0; t < used; t += 16) {
+      const int count = used - t < 16 ? used - t : 16;
       with_stride(block.key_stride / 4, [&](auto stride) {
         values_f32(reinterpret_cast<const float*>(block.values[t / 16]), stride,
                    reinterpret_cast<const float*>(weights) + t * kLanes, count, padded,
@@ -477,41 +488,55 @@ inline int tiles_of(const Batch& batch, const AttentionItem& item, LaneTile* til
   return count;
 }
 
+// Where a lane's head begins in a row of queries or of results.
+inline int64_t lane_offset(const Context& c, const LaneTile& tile, int i, ptrdiff_t stride) {
+  const AttentionShape& s = c.shape;
+  const int first = c.batch.cu_q[c.row], q_len = c.batch.cu_q[c.row + 1] - first;
+  const int lane = tile.lane + i, head = tile.kv_head * (s.heads / s.kv_heads) + lane / q_len;
+  return (first + lane % q_len) * stride + int64_t(head) * s.head_size;
+}
+
+// Queries in the order of the product with keys: [Dp][16], or [Dp / 2][16][2] for bf16.
 inline void pack_queries(const Context& c, const LaneTile& tile, const float* q, ptrdiff_t q_stride,
                          uint8_t* out) {
   const AttentionShape& s = c.shape;
-  const int padded = padded_head(s), group = s.heads / s.kv_heads;
-  const int first = c.batch.cu_q[c.row], q_len = c.batch.cu_q[c.row + 1] - first;
-  std::memset(out, 0, size_t(padded) * kLanes * c.element());
-  for (int i = 0; i < tile.count; ++i) {
-    const int lane = tile.lane + i, head = tile.kv_head * group + lane / q_len;
-    const float* x = q + (first + lane % q_len) * q_stride + int64_t(head) * s.head_size;
-    if (s.kv_type == Type::kF32) {
-      for (int d = 0; d < s.head_size; ++d) reinterpret_cast<float*>(out)[d * kLanes + i] = x[d];
-    } else {
-      for_lanes(s.head_size, [&](int d, int n) {
-        const u16x16 v = to_bf16(load_lanes(x + d, n));
-        for (int j = 0; j < n; ++j) {
-          std::memcpy(out + ((d + j) / 2 * 32 + 2 * i + (d + j) % 2) * 2, &v[j], 2);
-        }
-      });
+  const int padded = padded_head(s);
+  const float* lanes[kLanes] = {};
+  for (int i = 0; i < tile.count; ++i) lanes[i] = q + lane_offset(c, tile, i, q_stride);
+  const auto part = [&](int i, int d) {
+    const int n = s.head_size - d < kLanes ? s.head_size - d : kLanes;
+    return lanes[i] && n > 0 ? load_lanes(lanes[i] + d, n) : f32x16{};
+  };
+  const int step = s.kv_type == Type::kF32 ? 16 : 32;
+  for (int d = 0; d < padded; d += step, out += 16 * 64) {
+    u32x16 rows[kLanes];
+    for (int i = 0; i < kLanes; ++i) {
+      if (s.kv_type == Type::kF32) {
+        rows[i] = (u32x16)part(i, d);
+      } else {
+        const u16x16 halves[2] = {to_bf16(part(i, d)), to_bf16(part(i, d + 16))};
+        std::memcpy(&rows[i], halves, sizeof halves);
+      }
     }
+    transpose(rows);
+    for (int i = 0; i < kLanes; ++i) store_as(out + 64 * i, rows[i]);
   }
 }
 
 inline void write_lanes(const Context& c, const LaneTile& tile, LaneState state, float* out,
                         ptrdiff_t out_stride) {
-  const AttentionShape& s = c.shape;
-  const int group = s.heads / s.kv_heads;
-  const int first = c.batch.cu_q[c.row], q_len = c.batch.cu_q[c.row + 1] - first;
+  const int size = c.shape.head_size;
   const f32x16 inverse = 1.0f / load(state.sum);
-  for (int d = 0; d < s.head_size; ++d) {
-    store(state.values + d * kLanes, load(state.values + d * kLanes) * inverse);
-  }
-  for (int i = 0; i < tile.count; ++i) {
-    const int lane = tile.lane + i, head = tile.kv_head * group + lane / q_len;
-    float* x = out + (first + lane % q_len) * out_stride + int64_t(head) * s.head_size;
-    for (int d = 0; d < s.head_size; ++d) x[d] = state.values[d * kLanes + i];
+  for (int d = 0; d < size; d += kLanes) {
+    u32x16 rows[kLanes];
+    for (int i = 0; i < kLanes; ++i) {
+      rows[i] = (u32x16)(load(state.values + (d + i) * kLanes) * inverse);
+    }
+    transpose(rows);
+    const int n = size - d < kLanes ? size - d : kLanes;
+    for (int i = 0; i < tile.count; ++i) {
+      store_lanes(out + lane_offset(c, tile, i, out_stride) + d, (f32x16)rows[i], n);
+    }
   }
 }
 
@@ -568,17 +593,20 @@ inline void attend_split(const Context& c, const LaneTile* tiles, int num_tiles,
       const bool is_masked = reaches_step || last > tile.lowest || at <= tile.highest - window;
       if (!reaches_step) {
         const i32x16 oldest = tile.position - window;
+        // Behind the last query's own token nothing is seen, and leaving it out changes no sum.
+        const int reach = tile.highest + 1 - at;
+        const int used = reach < block.tokens ? reach : block.tokens;
         const auto seen = [&](int t) -> i32x16 {
           return (tile.position >= at + t) & (oldest < at + t);
         };
         if (is_first) {
-          attend_block<true>(c, block, ahead, q, values, is_masked, seen, scratch, state);
+          attend_block<true>(c, block, used, ahead, q, values, is_masked, seen, scratch, state);
         } else {
-          attend_block<false>(c, block, ahead, q, values, is_masked, seen, scratch, state);
+          attend_block<false>(c, block, used, ahead, q, values, is_masked, seen, scratch, state);
         }
       } else {
         const uint8_t* mask = batch.tree_mask + batch.mask_offsets[c.row];
-        attend_block<false>(c, block, ahead, q, values, true, [&](int t) -> i32x16 {
+        attend_block<false>(c, block, block.tokens, ahead, q, values, true, [&](int t) -> i32x16 {
           i32x16 seen = {};
           const int node = at + t - before;
           int depth = 0;
