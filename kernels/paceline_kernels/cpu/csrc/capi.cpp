@@ -23,6 +23,7 @@ std::shared_ptr<Team> current_team() {
 }
 
 struct Linear {
+  const Table& table;
   OwnedWeight owned;
 };
 
@@ -73,14 +74,15 @@ void pl_rotate(float* x, const int64_t* positions, const float* cos_sin, int row
 void* pl_linear_new(int type, const void* weight, int source_type, int outputs, int inputs,
                     const float* bias, int is_gated) {
   const Source whole{static_cast<const uint8_t*>(weight), Type(source_type), outputs};
-  return new Linear{pack_weight(Type(type), &whole, 1, inputs, is_gated != 0, bias)};
+  return new Linear{table(), pack_weight(table(), Type(type), &whole, 1, inputs, is_gated != 0, bias)};
 }
 
 void pl_linear_free(void* linear) { delete static_cast<Linear*>(linear); }
 
 // x [rows, inputs] float32 -> out [rows, outputs], or half as many when gated.
 void pl_linear(void* linear, const float* x, int rows, int is_gated, float* out) {
-  const PackedWeight& w = static_cast<Linear*>(linear)->owned.weight;
+  const auto& [ops, owned] = *static_cast<Linear*>(linear);
+  const PackedWeight& w = owned.weight;
   const auto held = current_team();
   Team& threads = *held;
   const ptrdiff_t stride = operand_stride(w);
@@ -90,16 +92,16 @@ void pl_linear(void* linear, const float* x, int rows, int is_gated, float* out)
                         is_gated ? Epilogue::kGate : Epilogue::kStore, out,
                         is_gated ? w.outputs / 2 : w.outputs};
   threads.run([&](int thread) {
-    ThreadScratch* scratch = table().new_scratch();
-    table().enter();
+    ThreadScratch* scratch = ops.new_scratch();
+    ops.enter();
     for (int r; (r = threads.next_task()) < rows;) {
-      table().prepare_row(w.type, x + int64_t(r) * w.inputs, nullptr, 0, w.inputs, w.padded,
+      ops.prepare_row(w.type, x + int64_t(r) * w.inputs, nullptr, 0, w.inputs, w.padded,
                           operand.data() + r * stride, &scales[r]);
     }
     threads.barrier();
-    table().product(threads, thread, product, *scratch);
-    table().leave();
-    table().free_scratch(scratch);
+    ops.product(threads, thread, product, *scratch);
+    ops.leave();
+    ops.free_scratch(scratch);
   });
 }
 
@@ -156,13 +158,14 @@ void pl_decoder_free(void* decoder) { delete static_cast<Decoder*>(decoder); }
 
 // Packs one layer and lets go of the file's pages that held it.
 void pl_decoder_layer(void* decoder, const DecoderConfig* c, int index, const LayerPointers* p) {
-  Layer& layer = static_cast<Decoder*>(decoder)->layers[index];
+  Decoder& d = *static_cast<Decoder*>(decoder);
+  Layer& layer = d.layers[index];
   const int q_size = c->heads * c->head_size;
   const Type type = c->weight_type;
-  layer.qkv = pack_weight(type, p->qkv, 3, c->hidden, false, p->qkv_bias);
-  layer.o = pack_weight(type, &p->o, 1, q_size, false, p->o_bias);
-  layer.gate_up = pack_weight(type, p->gate_up, 2, c->hidden, true, p->gate_up_bias);
-  layer.down = pack_weight(type, &p->down, 1, c->inner, false, p->down_bias);
+  layer.qkv = pack_weight(d.table(), type, p->qkv, 3, c->hidden, false, p->qkv_bias);
+  layer.o = pack_weight(d.table(), type, &p->o, 1, q_size, false, p->o_bias);
+  layer.gate_up = pack_weight(d.table(), type, p->gate_up, 2, c->hidden, true, p->gate_up_bias);
+  layer.down = pack_weight(d.table(), type, &p->down, 1, c->inner, false, p->down_bias);
   layer.input_norm = floats(p->input_norm, c->hidden);
   layer.post_norm = floats(p->post_norm, c->hidden);
   layer.q_norm = floats(p->q_norm, c->head_size);
@@ -174,7 +177,7 @@ void pl_decoder_ends(void* decoder, const DecoderConfig* c, const Source* embedd
                      const Source* head, const float* norm) {
   Decoder& d = *static_cast<Decoder*>(decoder);
   d.embedding = *embedding;
-  d.head = pack_weight(c->weight_type, head, 1, c->hidden, false, nullptr);
+  d.head = pack_weight(d.table(), c->weight_type, head, 1, c->hidden, false, nullptr);
   d.final_norm = floats(norm, c->hidden);
 }
 

@@ -47,6 +47,8 @@ class Decoder {
   Decoder(const DecoderConfig& config, const Table& table, std::shared_ptr<Team> team);
   ~Decoder();
 
+  const Table& table() const { return table_; }
+
   std::vector<Layer> layers;
   std::vector<float> final_norm;
   OwnedWeight head;

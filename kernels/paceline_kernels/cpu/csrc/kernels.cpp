@@ -94,6 +94,7 @@ void product(Team& team, int thread, const Product& p, ThreadScratch& scratch) {
 extern const Table table;
 const Table table = {
     .name = PACELINE_NAME,
+    .words = kWords,
     .new_scratch = [] { return reinterpret_cast<ThreadScratch*>(new Scratch); },
     .free_scratch = [](ThreadScratch* s) { delete reinterpret_cast<Scratch*>(s); },
     .enter =

@@ -4,8 +4,6 @@
 #include <cstring>
 #include <vector>
 
-#include "table.h"
-
 namespace paceline {
 namespace {
 
@@ -25,31 +23,30 @@ uint16_t bf16_of(float x) {
   return uint16_t((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
 }
 
-void put_bf16(const float* row, int inputs, int column, uint8_t* panel) {
-  for (int k = 0; k < inputs; ++k) {
+void put_bf16(const PackedWeight& w, const float* row, int column, uint8_t* panel) {
+  for (int k = 0; k < w.inputs; ++k) {
     const uint16_t v = bf16_of(row[k]);
-    uint8_t* half = panel + size_t(k / 32) * 2048 + (column / 16) * 1024;
-    std::memcpy(half + (k % 32 / 2 * 32 + column % 16 * 2 + k % 2) * 2, &v, 2);
+    std::memcpy(panel + w.word_offset(k / 2, column) + k % 2 * 2, &v, 2);
   }
 }
 
-void put_i8(const float* row, int inputs, int column, uint8_t* panel, float* scale, int32_t* sum) {
+void put_i8(const PackedWeight& w, const float* row, int column, uint8_t* panel, float* scale,
+            int32_t* sum) {
   float bound = 0.0f;
-  for (int k = 0; k < inputs; ++k) bound = std::fmax(bound, std::fabs(row[k]));
+  for (int k = 0; k < w.inputs; ++k) bound = std::fmax(bound, std::fabs(row[k]));
   *scale = bound / 127.0f;
   const float factor = bound > 0.0f ? 127.0f / bound : 0.0f;
-  for (int k = 0; k < inputs; ++k) {
+  for (int k = 0; k < w.inputs; ++k) {
     const int q = int(std::nearbyint(row[k] * factor));
     *sum += 128 * q;
-    uint8_t* half = panel + size_t(k / 64) * 2048 + (column / 16) * 1024;
-    half[k % 64 / 4 * 64 + column % 16 * 4 + k % 4] = uint8_t(int8_t(q));
+    panel[w.word_offset(k / 4, column) + k % 4] = uint8_t(int8_t(q));
   }
 }
 
 }  // namespace
 
-OwnedWeight pack_weight(Type type, const Source* sources, int count, int inputs, bool is_gated,
-                        const float* biases) {
+OwnedWeight pack_weight(const Table& table, Type type, const Source* sources, int count, int inputs,
+                        bool is_gated, const float* biases) {
   int rows = 0;
   for (int i = 0; i < count; ++i) rows += sources[i].rows;
   OwnedWeight owned;
@@ -58,6 +55,7 @@ OwnedWeight pack_weight(Type type, const Source* sources, int count, int inputs,
   w.outputs = rows;
   w.inputs = inputs;
   w.padded = padded_inputs(type, inputs);
+  w.words = table.words;
   w.panels = is_gated ? (rows / 2 + 15) / 16 : (rows + kPanel - 1) / kPanel;
   const size_t data = w.panel_bytes() * w.panels, outputs = size_t(w.panels) * kPanel;
   const size_t side = outputs * 4;
@@ -70,7 +68,6 @@ OwnedWeight pack_weight(Type type, const Source* sources, int count, int inputs,
     behind += 2 * side;
   }
   if (biases) w.bias = reinterpret_cast<float*>(behind);
-  const Table& table = *find_table(nullptr);
   std::vector<float> row(inputs);
   for (int o = 0; o < int(outputs); ++o) {
     int from = source_row(o, rows, is_gated);
@@ -86,9 +83,9 @@ OwnedWeight pack_weight(Type type, const Source* sources, int count, int inputs,
       float* to = reinterpret_cast<float*>(panel) + column;
       for (int k = 0; k < inputs; ++k) to[size_t(k) * kPanel] = row[k];
     } else if (type == Type::kBF16) {
-      put_bf16(row.data(), inputs, column, panel);
+      put_bf16(w, row.data(), column, panel);
     } else {
-      put_i8(row.data(), inputs, column, panel, w.scales + o, w.sums + o);
+      put_i8(w, row.data(), column, panel, w.scales + o, w.sums + o);
     }
   }
   return owned;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "memory.h"
+#include "table.h"
 #include "types.h"
 
 namespace paceline {
@@ -19,10 +20,10 @@ struct OwnedWeight {
   PackedWeight weight;
 };
 
-// Packs sources one below the other. With `is_gated` there are two of equal height, and panels
+// Packs sources one below the other, for the products of `table`. With `is_gated` there are two of equal height, and panels
 // alternate 16 rows of the first with the 16 rows of the second that they gate. `biases`, float32
 // of all rows or null, are permuted alike.
-OwnedWeight pack_weight(Type type, const Source* sources, int count, int inputs, bool is_gated,
-                        const float* biases);
+OwnedWeight pack_weight(const Table& table, Type type, const Source* sources, int count, int inputs,
+                        bool is_gated, const float* biases);
 
 }  // namespace paceline

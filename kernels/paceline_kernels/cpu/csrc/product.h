@@ -18,6 +18,12 @@ union alignas(64) Tile {
   int32_t i32[kRowBlock][kPanel];
 };
 
+#if defined(__AMX_TILE__)
+constexpr int kWords = 16;  // types.h, PackedWeight
+#else
+constexpr int kWords = 1;
+#endif
+
 #if defined(__AVX512F__)
 constexpr int kF32Rows = 12;  // 24 of 32 registers accumulate
 #elif defined(__AVX2__)
@@ -69,25 +75,19 @@ void f32_rows(const uint8_t* a, ptrdiff_t stride, const uint8_t* panel, int begi
   sums.write(c);
 }
 
-// The words that register `n` takes of a step's two tiles, [2][16 words of K][16 outputs].
-inline u32xn panel_words(const uint8_t* step, int word, int n) {
-  constexpr int kPerHalf = 16 / kNative;
-  return load_as<u32xn>(step + n / kPerHalf * 1024 + word * 64 + n % kPerHalf * 4 * kNative);
-}
-
 template <int R>
 void bf16_rows(const uint8_t* a, ptrdiff_t stride, const uint8_t* panel, int begin, int end,
                float (*c)[kPanel], bool accumulate) {
   Sums<R, f32xn> sums(c, accumulate);
-  for (int k = begin; k < end; k += 2) {
-    const uint8_t* step = panel + size_t(k / 32) * 2048;
-    __builtin_prefetch(step + k % 32 * 32 + kAhead);
-    __builtin_prefetch(step + k % 32 * 32 + kAhead + 1024);
-    for (int n = 0; n < kColumns; ++n) {
-      const u32xn w = panel_words(step, k % 32 / 2, n);
-      for (int r = 0; r < R; ++r) {
-        sums.v[r][n] = dot_pairs(sums.v[r][n], load_as<uint32_t>(a + r * stride + 2 * k), w);
-      }
+  const uint8_t* b = panel + size_t(begin) * kPanel * 2;
+  for (int k = begin; k < end; k += 2, b += kPanel * 4) {
+    __builtin_prefetch(b + kAhead);
+    __builtin_prefetch(b + kAhead + 64);
+    u32xn w[kColumns];
+    for (int n = 0; n < kColumns; ++n) w[n] = load_as<u32xn>(b + 4 * kNative * n);
+    for (int r = 0; r < R; ++r) {
+      const uint32_t x = load_as<uint32_t>(a + r * stride + 2 * k);
+      for (int n = 0; n < kColumns; ++n) sums.v[r][n] = dot_pairs(sums.v[r][n], x, w[n]);
     }
   }
   sums.write(c);
@@ -96,9 +96,10 @@ void bf16_rows(const uint8_t* a, ptrdiff_t stride, const uint8_t* panel, int beg
 // acc + the products of quads of int8, exact in int32.
 inline i32xn dot_quads(i32xn acc, const uint8_t* x, u32xn w) {
 #if defined(__AVX512VNNI__)
-  // Unsigned by signed: 128 is added to x here and 128 * sum(w) taken off at the end.
-  const __m512i quads = _mm512_set1_epi32(load_as<int32_t>(x) ^ int32_t(0x80808080));
-  return (i32xn)_mm512_dpbusd_epi32((__m512i)acc, quads, (__m512i)w);
+  const __m512i quads = _mm512_set1_epi32(load_as<int32_t>(x));
+  // As an intrinsic, GCC 12 keeps copies of the sums and spills them.
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(quads), "v"(w));
+  return acc;
 #else
   const int8_t* q = reinterpret_cast<const int8_t*>(x);
 #if defined(__SSE2__)
@@ -128,13 +129,16 @@ template <int R>
 void i8_rows(const uint8_t* a, ptrdiff_t stride, const uint8_t* panel, int begin, int end,
              int32_t (*c)[kPanel], bool accumulate) {
   Sums<R, i32xn> sums(c, accumulate);
-  for (int k = begin; k < end; k += 4) {
-    const uint8_t* step = panel + size_t(k / 64) * 2048;
-    __builtin_prefetch(step + k % 64 * 16 + kAhead);
-    __builtin_prefetch(step + k % 64 * 16 + kAhead + 1024);
-    for (int n = 0; n < kColumns; ++n) {
-      const u32xn w = panel_words(step, k % 64 / 4, n);
-      for (int r = 0; r < R; ++r) sums.v[r][n] = dot_quads(sums.v[r][n], a + r * stride + k, w);
+  const uint8_t* b = panel + size_t(begin) * kPanel;
+  for (int k = begin; k < end; k += 4, b += kPanel * 4) {
+    __builtin_prefetch(b + kAhead);
+    __builtin_prefetch(b + kAhead + 64);
+    u32xn w[kColumns];
+    for (int n = 0; n < kColumns; ++n) w[n] = load_as<u32xn>(b + 4 * kNative * n);
+    for (int r = 0; r < R; ++r) {
+      for (int n = 0; n < kColumns; ++n) {
+        sums.v[r][n] = dot_quads(sums.v[r][n], a + r * stride + k, w[n]);
+      }
     }
   }
   sums.write(c);
@@ -293,9 +297,7 @@ inline void finish_tile(const PackedWeight& w, int panel, const float* row_scale
     if (w.type == Type::kI8) {
       const f32x16 scales = load(w.scales + first + 16 * h);
       i32x16 sums = {};
-#if defined(__AVX512VNNI__) && !defined(__AMX_TILE__)
-      std::memcpy(&sums, w.sums + first + 16 * h, sizeof sums);
-#endif
+      if constexpr (kI8Offset != 0) std::memcpy(&sums, w.sums + first + 16 * h, sizeof sums);
       for (int r = 0; r < rows; ++r) {
         i32x16 v;
         std::memcpy(&v, c.i32[r] + 16 * h, sizeof v);

@@ -41,7 +41,7 @@ inline void rms_norm(const float* x, const float* weight, float eps, int size, f
 }
 
 // Writes one row of a product's left operand: x, or its normalisation if there is a weight.
-// int8 is symmetric with one scale per row: q = round(x / scale), scale = max |x| / 127.
+// int8 is symmetric with one scale per row: q = round(x / scale) + kI8Offset, scale = max |x| / 127.
 inline void prepare_row(Type type, const float* x, const float* norm_weight, float eps, int size,
                         int padded, uint8_t* out, float* scale) {
   const float inverse = norm_weight ? inverse_rms(x, size, eps) : 1.0f;
@@ -72,9 +72,9 @@ inline void prepare_row(Type type, const float* x, const float* norm_weight, flo
     constexpr float kRound = 12582912.0f;
     for_lanes(size, [&](int i, int n) {
       const f32x16 shifted = value(i, n) * factor + kRound;
-      const i32x16 q = (i32x16)shifted - (i32x16)splat(kRound);
-      using i8x16 = int8_t __attribute__((vector_size(16)));
-      const i8x16 v = __builtin_convertvector(q, i8x16);
+      const i32x16 q = (i32x16)shifted - (i32x16)splat(kRound) + kI8Offset;
+      using u8x16 = uint8_t __attribute__((vector_size(16)));
+      const u8x16 v = __builtin_convertvector(q, u8x16);
       std::memcpy(out + i, &v, n);
     });
     std::memset(out + size, 0, padded - size);

@@ -50,14 +50,23 @@ void store_as(void* p, V v) {
 // acc + the products of two pairs of bf16: of the first ones, then of the second ones.
 inline f32xn dot_pairs(f32xn acc, uint32_t pair, u32xn pairs) {
 #if defined(__AVX512BF16__)
-  return (f32xn)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(int32_t(pair)),
-                                 (__m512bh)(__m512i)pairs);
+  // As an intrinsic, GCC 12 keeps copies of the sums and spills them.
+  asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(_mm512_set1_epi32(int32_t(pair))), "v"(pairs));
+  return acc;
 #else
   const uint32_t low = pair << 16, high = pair & 0xFFFF0000u;
   acc += load_as<float>(&low) * (f32xn)(pairs << 16);
   return acc + load_as<float>(&high) * (f32xn)(pairs & 0xFFFF0000u);
 #endif
 }
+
+// VNNI multiplies unsigned bytes by signed ones: tokens' int8 values are kept 128 higher, and what
+// that adds, 128 * sum(w), is taken off at the end.
+#if defined(__AVX512VNNI__) && !defined(__AMX_TILE__)
+constexpr int kI8Offset = 128;
+#else
+constexpr int kI8Offset = 0;
+#endif
 
 inline f32x16 load(const float* p) {
   f32x16 v;

@@ -25,6 +25,7 @@ struct ThreadScratch;  // buffers of one thread, per instruction set
 
 struct Table {
   const char* name;
+  int words;  // of packed weights
   ThreadScratch* (*new_scratch)();
   void (*free_scratch)(ThreadScratch*);
   // Around the calls of one thread in one step: tile registers are taken and given back.

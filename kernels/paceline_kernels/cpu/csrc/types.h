@@ -27,21 +27,28 @@ constexpr int bytes_of(Type type) { return type == Type::kF32 ? 4 : type == Type
 
 // A weight [O, K] in panels of 32 outputs, in the order in which a product reads it:
 //   f32   [panel][K][32]
-//   bf16  [panel][K/32][2 halves][16 pairs of K][16 outputs][2]
-//   int8  [panel][K/64][2 halves][16 quads of K][16 outputs][4], w = q * scale[output]
-// A half of bf16 and int8 is the right operand of one AMX tile product (Intel SDM, TDPBF16PS).
+//   bf16  [panel][K/2W][2 halves][W pairs of K][16 outputs][2]
+//   int8  [panel][K/4W][2 halves][W quads of K][16 outputs][4], w = q * scale[output]
+// With AMX, W is 16 and a half is the right operand of one tile product (Intel SDM, TDPBF16PS).
+// Elsewhere W is 1 and memory is read from end to end, as hardware prefetchers expect.
 struct PackedWeight {
   Type type = Type::kF32;
   int outputs = 0;
   int inputs = 0;
   int padded = 0;               // inputs with padding
   int panels = 0;
+  int words = 1;                // W
   uint8_t* data = nullptr;
   float* scales = nullptr;      // [panels * 32], int8 only
-  int32_t* sums = nullptr;      // [panels * 32] 128 * sum of q: what u8 x s8 products are off by
+  int32_t* sums = nullptr;      // [panels * 32] 128 * sum of q: what products with kI8Offset are off by
   float* bias = nullptr;        // [panels * 32] or null
 
   size_t panel_bytes() const { return size_t(padded) * kPanel * bytes_of(type); }
+
+  // Where the `word`th pair or quad of inputs of an output is in its panel.
+  size_t word_offset(int word, int column) const {
+    return (size_t(word / words) * 2 + column / 16) * words * 64 + word % words * 64 + column % 16 * 4;
+  }
 };
 
 // Bytes from row to row of a product's left operand. The odd number of cache lines keeps the rows of
