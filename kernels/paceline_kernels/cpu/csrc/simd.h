@@ -84,6 +84,45 @@ inline f32x16 load_part(const float* p, int count) {
 
 inline void store_part(float* p, f32x16 v, int count) { std::memcpy(p, &v, sizeof(float) * count); }
 
+// Rows become columns.
+inline void transpose(u32x16 m[16]) {
+#if defined(__AVX512F__)
+  __m512i r[16], t[16];
+  for (int i = 0; i < 16; ++i) r[i] = (__m512i)m[i];
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+    r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
+    t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xDD);
+    t[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
+    t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xDD);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
+    r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xDD);
+    r[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
+    r[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xDD);
+  }
+  for (int i = 0; i < 16; ++i) m[i] = (u32x16)r[i];
+#else
+  for (int i = 0; i < 16; ++i) {
+    for (int j = 0; j < i; ++j) {
+      const uint32_t held = m[i][j];
+      m[i][j] = m[j][i];
+      m[j][i] = held;
+    }
+  }
+#endif
+}
+
 inline f32x16 splat(float x) { return x - f32x16{}; }
 
 // A NaN in `b` survives both.
@@ -99,9 +138,13 @@ inline float sum(f32x16 v) {
 }
 
 inline float largest(f32x16 v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)v);
+#else
   float best = v[0];
   for (int i = 1; i < kLanes; ++i) best = best > v[i] ? best : v[i];
   return best;
+#endif
 }
 
 // 2^x within 2 units in the last place for x in [-126, 127]; 0 far below, NaN stays NaN.

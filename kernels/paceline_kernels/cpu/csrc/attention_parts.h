@@ -1,0 +1,149 @@
+// What attention over few lanes and over many have in common: the context in its pages.
+#pragma once
+
+#include <utility>
+#include <vector>
+
+#include "rows.h"
+#include "simd.h"
+#include "types.h"
+
+namespace paceline {
+namespace PACELINE_ISA {
+
+constexpr float kNever = -INFINITY;
+
+// One block of context, ready to be read: pointers to tiles of 16 keys, and values in the order
+// of the backend's product.
+struct KvBlock {
+  const uint8_t* keys[kKvBlock / 16];
+  ptrdiff_t key_stride;              // bytes from token to token
+  const uint8_t* values[kKvBlock / 16];
+  int tokens;                        // valid ones
+};
+
+inline int padded_head(const AttentionShape& shape) {
+  return round_up(shape.head_size, shape.kv_type == Type::kF32 ? 16 : 32);
+}
+
+inline size_t state_floats(int padded) { return size_t(2 + padded) * kLanes; }
+
+inline LaneState state_at(float* p) { return {p, p + kLanes, p + 2 * kLanes}; }
+
+inline void clear(LaneState s, int padded) {
+  store(s.largest, splat(kNever));
+  std::memset(s.sum, 0, sizeof(float) * kLanes * (1 + padded));
+}
+
+struct Context {
+  const AttentionShape& shape;
+  const Pages& pages;
+  const Batch& batch;
+  int row;
+
+  int element() const { return bytes_of(shape.kv_type); }
+  const uint8_t* token(int at, int kv_head, bool is_value) const {
+    const int32_t page = batch.tables[int64_t(row) * batch.table_width + at / shape.block_size];
+    const int64_t head = (is_value ? shape.kv_heads : 0) + kv_head;
+    const int64_t offset = (head * shape.block_size + at % shape.block_size) * shape.head_size;
+    return pages.pages + page * pages.page_bytes + offset * element();
+  }
+};
+
+// Tiles of 16 tokens to fetch while a block is computed. Pages lie anywhere, so the hardware does
+// not see them coming; and a burst of prefetches would wait for memory like loads do, so lines are
+// asked for one at a time between the arithmetic: a tile has as many 64-byte lines as its product
+// has steps. Where nothing follows the tiles are the block's own.
+struct Ahead {
+  const uint8_t* keys[kKvBlock / 16];
+  const uint8_t* values[kKvBlock / 16];
+};
+
+// Buffers of one thread.
+struct AttentionScratch {
+  std::vector<float> scores;         // [64][16], or [lanes][64] where they are few
+  std::vector<uint8_t> weights;      // exponentials, as the product with values reads them
+  std::vector<uint8_t> queries;      // [tiles][Dp][16] in the KV's type, or [tiles][lanes][Dp]
+  std::vector<uint8_t> key_copy;     // [64][Dp]
+  std::vector<uint8_t> value_copy;   // [64][Dp]
+  std::vector<uint8_t> arranged;     // values of bf16, in the order of the product with weights
+  std::vector<float> states;         // [tiles] x LaneState
+};
+
+// Lanes of a tile and what they see of their row's context.
+struct LaneTile {
+  int kv_head;
+  int lane;            // the first one
+  int count;
+  i32x16 position;     // of each lane's query
+  int32_t lowest, highest;
+};
+
+// Where a lane's head begins in a row of queries or of results.
+inline int64_t lane_offset(const Context& c, const LaneTile& tile, int i, ptrdiff_t stride) {
+  const AttentionShape& s = c.shape;
+  const int first = c.batch.cu_q[c.row], q_len = c.batch.cu_q[c.row + 1] - first;
+  const int lane = tile.lane + i, head = tile.kv_head * (s.heads / s.kv_heads) + lane / q_len;
+  return (first + lane % q_len) * stride + int64_t(head) * s.head_size;
+}
+
+// Makes 64 tokens from `begin` readable. Only what the context does not reach, and what a tile
+// cannot read in place, is copied; tokens behind the context become zeros, for pages may hold
+// anything there.
+inline KvBlock open_block(const Context& c, int begin, int kv_len, int kv_head,
+                          AttentionScratch& scratch) {
+  const AttentionShape& s = c.shape;
+  const int padded = padded_head(s), bytes = c.element();
+  KvBlock block;
+  block.tokens = kv_len - begin < kKvBlock ? kv_len - begin : kKvBlock;
+  const bool is_whole = s.block_size % 16 == 0 && block.tokens == kKvBlock;
+  const bool in_place = is_whole && s.head_size == padded;
+  block.key_stride = ptrdiff_t(in_place ? s.head_size : padded) * bytes;
+  if (in_place) {
+    for (int t = 0; t < kKvBlock / 16; ++t) {
+      block.keys[t] = c.token(begin + 16 * t, kv_head, false);
+      block.values[t] = c.token(begin + 16 * t, kv_head, true);
+    }
+  } else {
+    for (auto [copy, is_value] : {std::pair{&scratch.key_copy, false}, {&scratch.value_copy, true}}) {
+      std::memset(copy->data(), 0, size_t(kKvBlock) * padded * bytes);
+      for (int t = 0; t < block.tokens; ++t) {
+        std::memcpy(copy->data() + t * padded * bytes, c.token(begin + t, kv_head, is_value),
+                    s.head_size * bytes);
+      }
+    }
+    for (int t = 0; t < kKvBlock / 16; ++t) {
+      block.keys[t] = scratch.key_copy.data() + 16 * t * block.key_stride;
+      block.values[t] = scratch.value_copy.data() + 16 * t * block.key_stride;
+    }
+  }
+  return block;
+}
+
+// Words of two tokens beside each other.
+inline u32x16 interleave(u16x16 first, u16x16 second) {
+  return widen_words(first) | (widen_words(second) << 16);
+}
+
+// How what is known of lanes changes with the largest score of a block.
+struct Rescale {
+  f32x16 base;    // what exponents are taken against
+  f32x16 shrink;  // factor of earlier sums
+};
+
+inline Rescale rescale(LaneState state, f32x16 top, float exponent_scale) {
+  const f32x16 before = load(state.largest), now = max(before, top);
+  store(state.largest, now);
+  // Differences first: equal scores then give exactly 1, fused multiply-add or not. Before anything
+  // was seen both are -inf, and their difference would be NaN.
+  const f32x16 base = now == kNever ? f32x16{} : now;
+  return {base, exp2((before - base) * exponent_scale)};
+}
+
+// A block's exponentials are summed in four runs, every fourth token in each.
+inline f32x16 add_up(LaneState state, f32x16 shrink, const f32x16 runs[4]) {
+  return load(state.sum) * shrink + ((runs[0] + runs[2]) + (runs[1] + runs[3]));
+}
+
+}  // namespace PACELINE_ISA
+}  // namespace paceline
