@@ -105,7 +105,7 @@ void pl_linear(void* linear, const float* x, int rows, int is_gated, float* out)
   });
 }
 
-// One layer's attention as an operation by itself; `split` forces the way of few lanes.
+// One layer's attention as an operation by itself; `split` forces the way of few items.
 void pl_attention(const AttentionShape* shape, uint8_t* kv, ptrdiff_t page_bytes,
                   const Batch* batch, const float* q, float* out, int split) {
   const Pages pages{kv, page_bytes};
@@ -118,17 +118,17 @@ void pl_attention(const AttentionShape* shape, uint8_t* kv, ptrdiff_t page_bytes
     const int splits = (batch->kv_lens[r] + kKvSplit - 1) / kKvSplit;
     const int run = all <= 16 ? std::min(shape->kv_heads, kTilesPerItem) : 1;
     for (int g = 0; g < shape->kv_heads; g += run) {
-      const int heads = std::min(run, shape->kv_heads - g), most = split ? 16 : 16 * kTilesPerItem;
+      const int heads = std::min(run, shape->kv_heads - g), most = 16 * kTilesPerItem;
       for (int lane = 0; lane < all; lane += most) {
         AttentionItem item{r, g, heads, lane, std::min(most, all - lane), -1, splits, 0};
         if (!split) {
           table().attend(*shape, pages, *batch, item, q, stride, out, stride, nullptr, *scratch);
           continue;
         }
-        std::vector<float> partials(splits * heads * partial);
+        std::vector<float> partials(splits * item.tiles() * partial);
         for (item.split = 0; item.split < splits; ++item.split) {
           table().attend(*shape, pages, *batch, item, q, stride, out, stride,
-                         &partials[item.split * heads * partial], *scratch);
+                         &partials[item.split * item.tiles() * partial], *scratch);
         }
         table().join_splits(*shape, pages, *batch, item, partials.data(), out, stride, *scratch);
       }

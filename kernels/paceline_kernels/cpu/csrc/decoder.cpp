@@ -91,24 +91,29 @@ void Decoder::plan_attention(const Batch& batch) {
   const int group = config_.heads / config_.kv_heads;
   items_.clear();
   has_splits_ = false;
-  size_t lanes = 0;
-  for (int r = 0; r < batch.rows; ++r) lanes += (batch.cu_q[r + 1] - batch.cu_q[r]) * group;
+  const auto lanes_of = [&](int r) { return (batch.cu_q[r + 1] - batch.cu_q[r]) * group; };
+  // Heads beside each other are read together: pages are far apart, heads are not.
+  const auto run_of = [&](int r) {
+    return lanes_of(r) <= 16 ? std::min(config_.kv_heads, kTilesPerItem) : 1;
+  };
+  int whole = 0;
+  for (int r = 0; r < batch.rows; ++r) {
+    whole += (config_.kv_heads + run_of(r) - 1) / run_of(r) *
+             ((lanes_of(r) + kLanesPerItem - 1) / kLanesPerItem);
+  }
   // Splitting never changes a result, so it is done where there would be too little to share out.
-  const bool is_small = batch.rows * config_.kv_heads < 8 * team_.size() && team_.size() > 1 &&
-                        lanes <= 16 * size_t(team_.size());
+  const bool is_small = team_.size() > 1 && whole < 4 * team_.size();
   int partials = 0;
   for (int r = 0; r < batch.rows; ++r) {
-    const int all = (batch.cu_q[r + 1] - batch.cu_q[r]) * group;
+    const int all = lanes_of(r), run = run_of(r);
     const int splits = (batch.kv_lens[r] + kKvSplit - 1) / kKvSplit;
-    // Heads beside each other are read together: pages are far apart, heads are not.
-    const int run = all <= 16 ? std::min(config_.kv_heads, kTilesPerItem) : 1;
     for (int g = 0; g < config_.kv_heads; g += run) {
       const int heads = std::min(run, config_.kv_heads - g);
-      if (is_small && splits > 1 && all <= 16) {
+      if (is_small && splits > 1 && all <= kLanesPerItem) {
         for (int s = 0; s < splits; ++s) {
           items_.push_back({r, g, heads, 0, all, s, splits, partials});
         }
-        partials += splits * heads;
+        partials += splits * items_.back().tiles();
         has_splits_ = true;
         continue;
       }
@@ -142,7 +147,8 @@ void Decoder::attend(int thread, const Step& step, const Layer& layer, const Pag
   const int count = int(items_.size());
   for (int i; (i = team_.next_task()) < count;) {
     const AttentionItem& item = items_[i];
-    float* partials = item.split < 0 ? nullptr : &partials_[(item.partial + item.split * item.kv_heads) * partial];
+    const int at = item.partial + item.split * item.tiles();
+    float* partials = item.split < 0 ? nullptr : &partials_[at * partial];
     table_.attend(shape, pages, step.batch, item, q, q_stride, out, out_stride, partials,
                   *scratch_[thread]);
   }

@@ -107,6 +107,8 @@ struct AttentionItem {
   int split;                    // -1: the whole context
   int num_splits;
   int partial;                  // where the partial results of split 0 are, if split
+
+  int tiles() const { return kv_heads * ((lanes + 15) / 16); }
 };
 
 // What is known of a lane after some context (Milakov and Gimelshein 2018): the largest score,
