@@ -63,7 +63,13 @@ def build_engine(options: EngineOptions) -> tuple[Engine, EngineCard]:
     model = load_model(
         directory,
         config,
-        ModelOptions(options.dtype, options.block_size, max_context, options.threads),
+        ModelOptions(
+            options.dtype,
+            options.block_size,
+            max_context,
+            options.threads,
+            batch_invariant=options.batch_invariant,
+        ),
     )
     runner = Runner(model, num_pages=num_pages, block_size=options.block_size, dtype=dtype)
     digest = model_digest(directory)

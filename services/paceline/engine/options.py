@@ -30,7 +30,8 @@ class EngineOptions:
     threads: int = 1
     """Compute threads."""
     batch_invariant: bool = False
-    """Compute each row with the same arithmetic whatever else is in the step."""
+    """Compute each row with the same arithmetic whatever else is in the step. The C++ kernels
+    always do, at no cost; torch operations then take one row at a time."""
 
     def to_json(self) -> str:
         """Return one line of JSON."""

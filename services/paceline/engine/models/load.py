@@ -13,6 +13,7 @@ from paceline.engine.kernels import AttentionBatch
 from paceline.engine.models.config import ModelConfig
 from paceline.engine.models.decoder import DecoderModel
 from paceline.engine.models.fused import FusedModel
+from paceline.engine.models.row_by_row import RowByRowModel
 from paceline.engine.weights import load_tensors
 
 KV_DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16}
@@ -53,6 +54,8 @@ class ModelOptions:
     block_size: int
     max_context_tokens: int
     threads: int
+    batch_invariant: bool = False
+    """The numbers of a row do not depend on its batch; the C++ decoder's never do."""
 
 
 def load_model(directory: Path, config: ModelConfig, options: ModelOptions) -> Model:
@@ -74,7 +77,7 @@ def load_model(directory: Path, config: ModelConfig, options: ModelOptions) -> M
             block_size=options.block_size,
             max_context_tokens=options.max_context_tokens,
         )
-    return DecoderModel(
+    model = DecoderModel(
         config,
         tensors,
         dtype=torch.bfloat16 if options.weight_format == "bf16" else torch.float32,
@@ -82,3 +85,4 @@ def load_model(directory: Path, config: ModelConfig, options: ModelOptions) -> M
         max_context_tokens=options.max_context_tokens,
         is_int8=options.weight_format == "int8",
     )
+    return RowByRowModel(model) if options.batch_invariant else model

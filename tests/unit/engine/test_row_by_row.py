@@ -1,0 +1,56 @@
+"""Without C++ kernels, the batch-invariant mode computes a row as if it were alone."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from paceline.engine import kernels
+from paceline.engine.kernels import AttentionBatch
+from paceline.engine.models.config import load_model_config
+from paceline.engine.models.load import Model, ModelOptions, load_model
+from tests.checkpoints import DEMO
+
+BLOCK, WIDTH = 16, 4
+LENGTHS = [37, 5, 1, 64]
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> Model:
+    monkeypatch.setattr(kernels, "has_fused_decoder", lambda: False)
+    options = ModelOptions("f32", BLOCK, WIDTH * BLOCK, threads=1, batch_invariant=True)
+    return load_model(DEMO, load_model_config(DEMO), options)
+
+
+def compute(model: Model, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return residuals of all tokens of some of the rows, and logits of their last tokens."""
+    c = model.config
+    lengths = [LENGTHS[r] for r in rows]
+    cu_q = torch.tensor([0, *lengths]).cumsum(0)
+    kv = torch.zeros(len(LENGTHS) * WIDTH, c.num_layers, 2, c.num_kv_heads, BLOCK, c.head_dim)
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    owners = torch.tensor(rows).repeat_interleave(torch.tensor(lengths))
+    batch = AttentionBatch(
+        cu_q=cu_q.int(),
+        kv_lens=torch.tensor(lengths, dtype=torch.int32),
+        block_tables=torch.tensor([[r * WIDTH + i for i in range(WIDTH)] for r in rows]).int(),
+        block_size=BLOCK,
+        max_q=max(lengths),
+    )
+    with torch.inference_mode():
+        residuals = model.forward(
+            5 + 3 * positions + owners, positions, kv, owners * WIDTH * BLOCK + positions, batch
+        )
+        return residuals, model.logits(residuals, cu_q[1:] - 1)
+
+
+def test_a_row_is_the_same_in_any_batch(model: Model) -> None:
+    rows = list(range(len(LENGTHS)))
+    residuals, logits = compute(model, rows)
+    bounds = [0, *torch.tensor(LENGTHS).cumsum(0).tolist()]
+    for row, (begin, end) in enumerate(pairwise(bounds)):
+        alone, logits_alone = compute(model, [row])
+        assert torch.equal(alone, residuals[begin:end])
+        assert torch.equal(logits_alone[0], logits[row])
