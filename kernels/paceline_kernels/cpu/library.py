@@ -17,7 +17,7 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 KERNELS_VARIABLE = "PACELINE_KERNELS"
-_INTERFACE = 1
+_INTERFACE = 2
 _PATH = Path(__file__).parent / "libpaceline_cpu.so"
 
 F32, BF16, I8, F16 = range(4)
@@ -88,6 +88,18 @@ class AttentionShape(ctypes.Structure):
     ]
 
 
+class DrawCall(ctypes.Structure):
+    """Rows to draw tokens of, csrc/draw.h."""
+
+    _fields_ = [
+        ("logits", c_void_p),
+        *((name, c_int64) for name in ("rows", "vocab")),
+        *((name, c_void_p) for name in ("params", "seen")),
+        ("most_logprobs", c_int64),
+        *((name, c_void_p) for name in ("tokens", "logprobs", "best_tokens", "best_logprobs")),
+    ]
+
+
 _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "pl_isa": (c_char_p, []),
     "pl_use_isa": (c_int, [c_char_p]),
@@ -105,6 +117,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
             *(c_void_p, c_void_p, c_int),
         ],
     ),
+    "pl_draw": (None, [POINTER(DrawCall)]),
     "pl_decoder_new": (c_void_p, [POINTER(DecoderConfig)]),
     "pl_decoder_free": (None, [c_void_p]),
     "pl_decoder_layer": (

@@ -16,9 +16,10 @@ from paceline_kernels import (
 )
 from paceline_kernels.cpu.decoder import DecoderShape, FusedDecoder, LayerTensors
 from paceline_kernels.cpu.library import backend, library, set_threads
+from paceline_kernels.cpu.sampling import DrawRow, draw
 
 
-def has_fused_decoder() -> bool:
+def has_cpp_kernels() -> bool:
     """Tell whether the C++ kernels were built and may be used."""
     return library() is not None
 
@@ -26,13 +27,15 @@ def has_fused_decoder() -> bool:
 __all__ = [
     "AttentionBatch",
     "DecoderShape",
+    "DrawRow",
     "FusedDecoder",
     "LayerTensors",
     "QuantisedWeight",
     "backend",
+    "draw",
     "gumbel_noise",
     "gumbel_noise_at",
-    "has_fused_decoder",
+    "has_cpp_kernels",
     "linear",
     "paged_attention",
     "quantise_weight",

@@ -1,4 +1,7 @@
-"""The sampler against transformers' processors, plain oracles and its own limits."""
+"""Both samplers against transformers' processors, plain oracles and their own limits.
+
+That they draw the same tokens is proven in tests/kernels/test_cpu_sampling.py.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +20,27 @@ from transformers import (
 )
 
 from paceline.domain.request import SamplingParams
-from paceline.engine.kernels import gumbel_noise
-from paceline.engine.sampling import sampler
+from paceline.engine.kernels import gumbel_noise, has_cpp_kernels
+from paceline.engine.sampling import reference, sampler
 from paceline.engine.sampling.sampler import sample
 from paceline.engine.step import SampleSpec
 
 VOCAB = 1000
+
+
+@pytest.fixture(autouse=True, params=["torch", "cpp"])
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "torch":
+        monkeypatch.setattr(sampler, "has_cpp_kernels", lambda: False)
+    elif not has_cpp_kernels():
+        pytest.skip("the C++ kernels need a compiler at set-up")
+    return str(request.param)
+
+
+@pytest.fixture
+def torch_only(implementation: str) -> None:
+    if implementation != "torch":
+        pytest.skip("looks into the torch implementation")
 
 
 def spec_of(
@@ -51,8 +69,8 @@ def processed(
         seen.append(logits_RV)
         return [0] * len(logits_RV)
 
-    monkeypatch.setattr(sampler, "_argmax_of_all", argmax)
-    monkeypatch.setattr(sampler, "_argmax_of_candidates", argmax)
+    monkeypatch.setattr(reference, "_argmax_of_all", argmax)
+    monkeypatch.setattr(reference, "_argmax_of_candidates", argmax)
     sample(logits_V[None].clone(), [spec])
     (logits_RV,) = seen
     return logits_RV[0]
@@ -87,6 +105,7 @@ CASES = [
 ]
 
 
+@pytest.mark.usefixtures("torch_only")
 @pytest.mark.parametrize("scale", [0.5, 3.0, 12.0])
 def test_processing_equals_transformers(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(1)
@@ -106,6 +125,7 @@ def test_processing_equals_transformers(scale: float, monkeypatch: pytest.Monkey
         )
 
 
+@pytest.mark.usefixtures("torch_only")
 def test_presence_and_frequency_are_counted_over_the_output_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -258,6 +278,7 @@ def test_a_row_is_drawn_alike_in_every_batch() -> None:
     assert [together[i] for i in order] == shuffled
 
 
+@pytest.mark.usefixtures("torch_only")
 def test_noise_for_candidates_only_changes_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
     rng, generator = random.Random(6), torch.Generator().manual_seed(6)
     logits_RV = torch.randn(200, VOCAB, generator=generator) * 3
@@ -268,14 +289,15 @@ def test_noise_for_candidates_only_changes_no_token(monkeypatch: pytest.MonkeyPa
         for i in range(200)
     ]
     sparse = tokens_of(logits_RV, specs)
-    monkeypatch.setattr(sampler, "_SPARSE_SHARE", VOCAB * 2)
+    monkeypatch.setattr(reference, "_SPARSE_SHARE", VOCAB * 2)
     assert tokens_of(logits_RV, specs) == sparse
 
 
+@pytest.mark.usefixtures("torch_only")
 def test_equal_noisy_logits_give_the_lowest_token(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever way noise was made, so that a tie does not tell them apart."""
-    monkeypatch.setattr(sampler, "gumbel_noise", lambda *keys: torch.zeros(1, VOCAB))
-    monkeypatch.setattr(sampler, "gumbel_noise_at", lambda *keys: torch.zeros(keys[-1].shape))
+    monkeypatch.setattr(reference, "gumbel_noise", lambda *keys: torch.zeros(1, VOCAB))
+    monkeypatch.setattr(reference, "gumbel_noise_at", lambda *keys: torch.zeros(keys[-1].shape))
     generator = torch.Generator().manual_seed(8)
     for _ in range(50):
         tied = torch.randperm(VOCAB, generator=generator)[:5]

@@ -37,7 +37,7 @@ std::vector<float> floats(const float* p, int n) {
 extern "C" {
 
 // Changes whenever a signature or a structure here does.
-int pl_interface() { return 1; }
+int pl_interface() { return 2; }
 
 const char* pl_isa() { return table().name; }
 
@@ -136,6 +136,16 @@ void pl_attention(const AttentionShape* shape, uint8_t* kv, ptrdiff_t page_bytes
   }
   table().leave();
   table().free_scratch(scratch);
+}
+
+// Rows are shared out; each is drawn by one thread.
+void pl_draw(const DrawCall* call) {
+  const Table& ops = table();
+  if (call->rows == 1) return ops.draw_row(*call, 0);
+  const auto held = current_team();
+  held->run([&](int) {
+    for (int r; (r = held->next_task()) < call->rows;) ops.draw_row(*call, r);
+  });
 }
 
 // ---- decoder ---------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 #include "attention.h"
 #include "product.h"
 #include "rows.h"
+#include "sampling.h"
 #include "table.h"
 
 namespace paceline {
@@ -126,6 +127,7 @@ const Table table = {
                       ThreadScratch& scratch) {
       join_splits(s, pages, batch, item, partials, out, out_stride, in(scratch).attention);
     },
+    .draw_row = draw_row,
 };
 
 }  // namespace PACELINE_ISA

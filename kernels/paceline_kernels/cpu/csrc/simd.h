@@ -188,6 +188,23 @@ inline bool any(i32x16 mask) {
 #endif
 }
 
+// One bit per lane of a mask.
+inline uint32_t bits_of(i32x16 mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask);
+#else
+  uint32_t bits = 0;
+#if defined(__SSE2__)
+  __m128 quarters[4];
+  std::memcpy(quarters, &mask, sizeof quarters);
+  for (int i = 0; i < 4; ++i) bits |= uint32_t(_mm_movemask_ps(quarters[i])) << (4 * i);
+#else
+  for (int i = 0; i < kLanes; ++i) bits |= (mask[i] != 0 ? 1u : 0u) << i;
+#endif
+  return bits;
+#endif
+}
+
 constexpr float kLog2E = 1.44269504088896341f;
 
 inline f32x16 silu(f32x16 x) { return x / (1.0f + exp2(x * -kLog2E)); }

@@ -3,6 +3,7 @@
 
 #include <memory>
 
+#include "draw.h"
 #include "team.h"
 #include "types.h"
 
@@ -45,6 +46,7 @@ struct Table {
                  float* partials, ThreadScratch&);
   void (*join_splits)(const AttentionShape&, const Pages&, const Batch&, const AttentionItem&,
                       float* partials, float* out, ptrdiff_t out_stride, ThreadScratch&);
+  void (*draw_row)(const DrawCall&, int64_t row);
 };
 
 // The best table this machine runs, or the named one ("portable", "avx2", "avx512", "amx");

@@ -66,8 +66,8 @@ def load_model(directory: Path, config: ModelConfig, options: ModelOptions) -> M
     """
     tensors = load_tensors(directory)
     # What torch is left with is small; a second team of threads would spin beside the first.
-    torch.set_num_threads(1 if kernels.has_fused_decoder() else options.threads)
-    if kernels.has_fused_decoder():
+    torch.set_num_threads(1 if kernels.has_cpp_kernels() else options.threads)
+    if kernels.has_cpp_kernels():
         kernels.set_threads(options.threads)
         return FusedModel(
             config,

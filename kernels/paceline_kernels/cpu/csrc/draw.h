@@ -1,0 +1,42 @@
+// One call draws the tokens of a step: what it is given and where it writes.
+//
+// Shape legend: R rows, V vocabulary, K wanted log-probabilities.
+#pragma once
+
+#include <cstdint>
+
+namespace paceline {
+
+// How a row is drawn. All fields have 8 bytes: paceline_kernels/cpu/sampling.py lists the same.
+struct DrawRow {
+  double temperature;         // 0: the best token
+  double top_p;               // 1: off
+  double min_p;               // 0: off
+  double repetition_penalty;  // 1: off
+  double presence_penalty;
+  double frequency_penalty;
+  uint64_t seed;
+  int64_t stream;
+  int64_t position;
+  int64_t top_k;              // 0: off
+  int64_t num_logprobs;
+  // What penalties count: tokens [tokens_begin, + num_prompt) of the prompt, num_output behind.
+  int64_t tokens_begin;
+  int64_t num_prompt;
+  int64_t num_output;
+};
+
+struct DrawCall {
+  const float* logits;        // [R, V]
+  int64_t rows;
+  int64_t vocab;
+  const DrawRow* params;      // [R]
+  const int64_t* seen;        // tokens of all rows' prompts and outputs
+  int64_t most_logprobs;      // K
+  int64_t* tokens;            // [R], -1: the row has no distribution
+  float* logprobs;            // [R], written where num_logprobs > 0
+  int64_t* best_tokens;       // [R, K], as many as the row wants
+  float* best_logprobs;       // [R, K]
+};
+
+}  // namespace paceline

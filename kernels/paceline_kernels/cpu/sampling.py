@@ -1,0 +1,96 @@
+"""Draws a step's tokens by one call into the C++ kernels.
+
+The rule is the engine's (`paceline.engine.sampling.reference`): the same token for the same
+logits, parameters and key. Shape legend: R rows, V vocabulary, K wanted log-probabilities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from paceline_kernels.cpu import library as lib
+
+
+class DrawRow(NamedTuple):
+    """How a row is drawn; fields as in `paceline.domain.request.SamplingParams`."""
+
+    temperature: float
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    seed: int
+    stream: int
+    position: int
+    top_k: int
+    num_logprobs: int
+    prompt: Sequence[int] = ()
+    output: Sequence[int] = ()
+    """Tokens that penalties count; empty where there are none."""
+
+
+class Drawn(NamedTuple):
+    """What was drawn, as lists."""
+
+    tokens_R: list[int]
+    """-1 for a row without a distribution: one with a NaN, or with nothing but -inf."""
+    logprobs_R: list[float]
+    best_tokens_RK: list[list[int]]
+    best_logprobs_RK: list[list[float]]
+    """Of the unmodified logits, best first; a row has as many as it wants and V allows."""
+
+
+_NUMBERS = DrawRow._fields[:-2]
+_TYPES = {"seed": np.uint64, **dict.fromkeys(_NUMBERS[:6], np.float64)}
+_ROW = np.dtype(
+    [
+        *((name, _TYPES.get(name, np.int64)) for name in _NUMBERS),
+        *((name, np.int64) for name in ("tokens_begin", "num_prompt", "num_output")),
+    ]
+)
+"""DrawRow of csrc/draw.h."""
+
+
+def draw(logits_RV: torch.Tensor, rows: Sequence[DrawRow]) -> Drawn:
+    """Draw a token for each row of float32 logits."""
+    loaded = lib.library()
+    if loaded is None:
+        raise RuntimeError("C++ kernels are not available")
+    if logits_RV.dtype != torch.float32 or len(rows) != len(logits_RV):
+        raise ValueError(f"{len(rows)} rows of float32 logits, not {logits_RV.shape}")
+    logits_RV = logits_RV.contiguous()
+    params_R, seen = _pack(rows)
+    num_rows, vocab = logits_RV.shape
+    most = min(max((row.num_logprobs for row in rows), default=0), vocab)
+    tokens_R, logprobs_R = np.empty(num_rows, np.int64), np.empty(num_rows, np.float32)
+    best_tokens_RK = np.empty((num_rows, most), np.int64)
+    best_logprobs_RK = np.empty((num_rows, most), np.float32)
+    call = lib.DrawCall(
+        *(logits_RV.data_ptr(), num_rows, vocab, params_R.ctypes.data, seen.ctypes.data, most),
+        *(array.ctypes.data for array in (tokens_R, logprobs_R, best_tokens_RK, best_logprobs_RK)),
+    )
+    loaded.pl_draw(call)
+    return Drawn(
+        tokens_R.tolist(),
+        logprobs_R.tolist(),
+        [x_K[: row.num_logprobs].tolist() for x_K, row in zip(best_tokens_RK, rows, strict=True)],
+        [x_K[: row.num_logprobs].tolist() for x_K, row in zip(best_logprobs_RK, rows, strict=True)],
+    )
+
+
+def _pack(rows: Sequence[DrawRow]) -> tuple[np.ndarray, np.ndarray]:
+    """Lay the rows' numbers and the tokens they have seen out as csrc/draw.h reads them."""
+    packed: list[tuple[float, ...]] = []
+    seen: list[np.ndarray] = []
+    begin = 0
+    for row in rows:
+        sizes = len(row.prompt), len(row.output)
+        packed.append((*row[:-2], begin, *sizes))
+        seen += [np.asarray(x, dtype=np.int64) for x in (row.prompt, row.output) if len(x)]
+        begin += sum(sizes)
+    return np.array(packed, dtype=_ROW), np.concatenate(seen) if seen else np.empty(0, np.int64)
