@@ -11,14 +11,19 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from paceline.domain.request import SamplingParams
+from paceline.engine.kernels import has_cpp_kernels
 from paceline.engine.models.config import load_model_config
 from paceline.engine.models.decoder import DecoderModel
+from paceline.engine.models.load import Model, ModelOptions, load_model
 from paceline.engine.runner import Runner
 from paceline.engine.step import Row, SampleSpec, StepPlan
 from paceline.engine.weights import load_tensors
 from tests.checkpoints import ARCHITECTURES, DEMO, VARIANTS, random_checkpoint
 
 TOLERANCE = 1e-4
+"""Of the C++ decoder, for logits of 12; at single positions of random weights float32 errors of
+torch's products, transformers' own included, reach that on some processors."""
+TORCH_TOLERANCE = 2e-4
 NUM_PAGES, BLOCK_SIZE = 120, 16
 SPEC = SampleSpec(SamplingParams(temperature=0.0), stream=0, position=1, num_logprobs=0)
 
@@ -36,14 +41,22 @@ def directory_of(root: Path, name: str) -> Path:
 
 @cache
 def theirs(directory: Path, prompt: tuple[int, ...]) -> torch.Tensor:
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    """In float64, so that only our own rounding is measured."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64).eval()
     with torch.inference_mode():
         return model(torch.tensor([prompt])).logits[0]
 
 
-def make_runner(directory: Path, dtype: torch.dtype = torch.float32) -> Runner:
+def make_runner(
+    directory: Path, dtype: torch.dtype = torch.float32, *, is_fused: bool = False
+) -> Runner:
     config = load_model_config(directory)
-    model = DecoderModel(config, load_tensors(directory), dtype=dtype, device="cpu")
+    model: Model
+    if is_fused:
+        options = ModelOptions("f32", BLOCK_SIZE, config.max_context_tokens, threads=2)
+        model = load_model(directory, config, options)
+    else:
+        model = DecoderModel(config, load_tensors(directory), dtype=dtype, device="cpu")
     return Runner(model, num_pages=NUM_PAGES, block_size=BLOCK_SIZE, dtype=dtype)
 
 
@@ -76,10 +89,24 @@ def prompt_of(length: int, seed: int) -> tuple[int, ...]:
 
 
 MODELS = [*ARCHITECTURES, *VARIANTS, "demo"]
+FORMS = [
+    pytest.param(False, TORCH_TOLERANCE, id="torch"),
+    pytest.param(
+        True,
+        TOLERANCE,
+        id="fused",
+        marks=pytest.mark.skipif(
+            not has_cpp_kernels(), reason="the C++ kernels need a compiler at set-up"
+        ),
+    ),
+]
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_of_chunks_equal_the_whole(checkpoints: Path, name: str) -> None:
+@pytest.mark.parametrize(("is_fused", "tolerance"), FORMS)
+def test_logits_of_chunks_equal_the_whole(
+    checkpoints: Path, name: str, is_fused: bool, tolerance: float
+) -> None:
     """Long beyond every window, in chunks of all sizes, with decode rows between."""
     directory = directory_of(checkpoints, name)
     rng = random.Random(1)
@@ -90,23 +117,27 @@ def test_logits_of_chunks_equal_the_whole(checkpoints: Path, name: str) -> None:
         [],
         [],
     ]
-    ours = chunked_logits(make_runner(directory), prompts, sizes)
+    ours = chunked_logits(make_runner(directory, is_fused=is_fused), prompts, sizes)
     for prompt, logits in zip(prompts, ours, strict=True):
         expected = theirs(directory, prompt)
         assert len(prompt) - 1 in logits
         for position, logits_V in logits.items():
             error = float((logits_V - expected[position]).abs().max())
-            assert error < TOLERANCE, f"{error} at {position} of {len(prompt)}"
+            assert error < tolerance, f"{error} at {position} of {len(prompt)}"
 
 
 @pytest.mark.parametrize("name", ["llama-biased-llama3-rope", "mistral", "qwen2-partly-windowed"])
-def test_logits_at_the_end_of_the_context(checkpoints: Path, name: str) -> None:
+@pytest.mark.parametrize(("is_fused", "tolerance"), FORMS)
+def test_logits_at_the_end_of_the_context(
+    checkpoints: Path, name: str, is_fused: bool, tolerance: float
+) -> None:
     directory = directory_of(checkpoints, name)
     prompt = prompt_of(1024, 5)
-    (ours,) = chunked_logits(make_runner(directory), [prompt], [[500, 1, 400, 100, 1, 1, 1]])
+    runner = make_runner(directory, is_fused=is_fused)
+    (ours,) = chunked_logits(runner, [prompt], [[500, 1, 400, 100, 1, 1, 1]])
     expected = theirs(directory, prompt)
     for position, logits_V in ours.items():
-        assert float((logits_V - expected[position]).abs().max()) < TOLERANCE
+        assert float((logits_V - expected[position]).abs().max()) < tolerance
 
 
 def test_the_window_is_felt(checkpoints: Path) -> None:
@@ -114,7 +145,7 @@ def test_the_window_is_felt(checkpoints: Path) -> None:
     prompt = prompt_of(97, 2)
     directory = directory_of(checkpoints, "mistral")
     model = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, sliding_window=None
+        directory, dtype=torch.float64, sliding_window=None
     )
     with torch.inference_mode():
         unwindowed = model.eval()(torch.tensor([prompt])).logits[0]

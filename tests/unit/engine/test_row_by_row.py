@@ -19,7 +19,7 @@ LENGTHS = [37, 5, 1, 64]
 
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> Model:
-    monkeypatch.setattr(kernels, "has_fused_decoder", lambda: False)
+    monkeypatch.setattr(kernels, "has_cpp_kernels", lambda: False)
     options = ModelOptions("f32", BLOCK, WIDTH * BLOCK, threads=1, batch_invariant=True)
     return load_model(DEMO, load_model_config(DEMO), options)
 
