@@ -108,11 +108,11 @@ constexpr float kMostNoise = 22.88f;
 
 // At least x + noise. With v = 1 - u, -log(-log(u)) <= -log(v); and a float's bits read as a
 // fixed-point number are at most its logarithm. Rounding of all this is below 1e-4.
-inline f32x16 most_noisy(f32x16 x, u32x16 words) {
+inline f32xn most_noisy(f32xn x, u32xn words) {
   constexpr float kLn2 = 0.693147180559945f;
-  const f32x16 v = __builtin_convertvector((i32x16)(~words >> 1), f32x16) + 0.25f;  // times 2^31
+  const f32xn v = __builtin_convertvector((i32xn)(~words >> 1), f32xn) + 0.25f;  // times 2^31
   return x + ((127 + 31) * kLn2 + 1e-3f) -
-         __builtin_convertvector((i32x16)v, f32x16) * (kLn2 * 0x1p-23f);
+         __builtin_convertvector((i32xn)v, f32xn) * (kLn2 * 0x1p-23f);
 }
 
 // Of equal values the lower token leads.
@@ -128,11 +128,19 @@ struct Leader {
 // Lets 16 tokens try; logarithms are taken only of those that may lead.
 template <typename TokenOf>
 void offer_lanes(Leader& leader, const float* x, const uint32_t* words, TokenOf&& token_of) {
-  const f32x16 bound = most_noisy(load(x), load_as<u32x16>(words));
-  for (uint32_t left = bits_of(bound >= leader.value); left; left &= left - 1) {
-    const int i = __builtin_ctz(left);
-    if (bound[i] >= leader.value) leader.offer(x[i] + gumbel(words[i]), token_of(i));
+  for (int i = 0; i < kLanes; i += kNative) {
+    const f32xn bound = most_noisy(load_as<f32xn>(x + i), load_as<u32xn>(words + i));
+    for (uint32_t left = bits_of(bound >= leader.value); left; left &= left - 1) {
+      const int lane = i + __builtin_ctz(left);
+      leader.offer(x[lane] + gumbel(words[lane]), token_of(lane));
+    }
   }
+}
+
+// Whether the largest noise would bring any of 16 tokens forward.
+inline bool may_lead(f32x16 x, const Leader& leader) {
+  const float least = leader.value - kMostNoise;
+  return bits_where(x, [&](f32xn v) { return v >= least; }) != 0;
 }
 
 }  // namespace PACELINE_ISA

@@ -75,29 +75,38 @@ struct Best {
 
 inline Best find_best(const float* x, int vocab) {
   constexpr int kBlock = 1024;
+  constexpr int kParts = 64 / kNative;
   Best best;
-  i32x16 is_nan = {};
+  i32xn is_nan = {};
   int block = 0;
   for (int first = 0; first < vocab; first += kBlock) {
-    f32x16 most = splat(-INFINITY), other = most;
-    const int end = std::min(vocab, first + kBlock);
-    for (int i = first; i < end; i += 2 * kLanes) {
-      const f32x16 a = load_or(x + i, end - i, -INFINITY);
-      const f32x16 b = end - i > kLanes ? load_or(x + i + kLanes, end - i - kLanes, -INFINITY) : a;
-      most = max(a, most);
-      other = max(b, other);
-      is_nan |= (a != a) | (b != b);
+    f32xn most[kParts];
+    for (f32xn& part : most) part = f32xn{} - INFINITY;
+    for (int i = first; i < std::min(vocab, first + kBlock); i += 64) {
+      float copy[64];
+      const float* from = x + i;
+      if (vocab - i < 64) {
+        std::fill(std::copy_n(from, vocab - i, copy), copy + 64, -INFINITY);
+        from = copy;
+      }
+      for (int j = 0; j < kParts; ++j) {
+        const f32xn v = load_as<f32xn>(from + j * kNative);
+        most[j] = v > most[j] ? v : most[j];
+        is_nan |= v != v;
+      }
     }
-    const float value = largest(max(most, other));
-    if (value > best.value) best.value = value, block = first;
+    for (const f32xn& part : most) {
+      for (int i = 0; i < kNative; ++i) {
+        if (part[i] > best.value) best.value = part[i], block = first;
+      }
+    }
   }
-  best.is_drawable = !any(is_nan) && best.value > -INFINITY;
+  best.is_drawable = bits_of(is_nan) == 0 && best.value > -INFINITY;
   if (best.is_drawable) best.token = int(std::find(x + block, x + vocab, best.value) - x);
   return best;
 }
 
-// A row's logits shifted so that the best is 0, over its temperature. Where the best is infinite,
-// all others are impossible.
+// A row's logits shifted so that the best is 0, over its temperature.
 struct Scaled {
   const float* logits;
   int vocab;
@@ -106,8 +115,7 @@ struct Scaled {
 
   // 16 lanes from i on; impossible behind the end.
   f32x16 at(int i) const {
-    const f32x16 x = load_or(logits + i, vocab - i, -INFINITY);
-    return x == INFINITY ? f32x16{} : (x - best) / temperature;
+    return (load_or(logits + i, vocab - i, -INFINITY) - best) / temperature;
   }
 };
 
@@ -123,14 +131,13 @@ inline Leader noisy_best(const NoiseKey& key, int token) {
 inline int draw_from_all(const Scaled& row, const NoiseKey& key, Leader leader) {
   for (int first = 0; first < row.vocab; first += kNoiseBlock) {
     float x[kNoiseBlock];
-    f32x16 most = splat(-INFINITY);
+    bool is_open = false;
     for (int i = 0; i < kNoiseBlock; i += kLanes) {
       const f32x16 v = first + i < row.vocab ? row.at(first + i) : splat(-INFINITY);
-      most = max(v, most);
+      is_open |= may_lead(v, leader);
       store(x + i, v);
     }
-    // Even the largest noise would not bring any of them forward.
-    if (!any(most + kMostNoise >= leader.value)) continue;
+    if (!is_open) continue;
     uint32_t words[kNoiseBlock];
     words_of_block(key, first, words);
     for (int i = 0; i < kNoiseBlock; i += kLanes) {
@@ -142,7 +149,7 @@ inline int draw_from_all(const Scaled& row, const NoiseKey& key, Leader leader) 
 
 inline int draw_from(const Candidates& c, const NoiseKey& key, Leader leader) {
   for (int i = 0; i < c.count; i += kLanes) {
-    if (!any(load(&c.values[i]) + kMostNoise >= leader.value)) continue;
+    if (!may_lead(load(&c.values[i]), leader)) continue;
     uint32_t words[kLanes];
     words_of(key, &c.tokens[i], words);
     offer_lanes(leader, &c.values[i], words, [&](int lane) { return c.tokens[i + lane]; });
@@ -173,9 +180,11 @@ inline void truncate(const Scaled& row, const DrawRow& p, DrawScratch& s) {
   const NucleusEnd end = find_nucleus(s.candidates, (p.top_p - kReached) * total);
   int ties = end.ties;
   s.candidates.filter([&](f32x16 v) {
-    uint32_t equal = bits_of((v == end.value) & (v >= floor)), taken = 0;
+    const auto is_equal = [&](f32xn x) { return (x == end.value) & (x >= floor); };
+    const auto is_above = [&](f32xn x) { return (x > end.value) & (x >= floor); };
+    uint32_t equal = bits_where(v, is_equal), taken = 0;
     for (; equal && ties > 0; equal &= equal - 1, --ties) taken |= equal & -equal;
-    return bits_of((v > end.value) & (v >= floor)) | taken;
+    return bits_where(v, is_above) | taken;
   });
 }
 
@@ -185,9 +194,15 @@ inline int draw_token(const float* logits, int vocab, const DrawRow& p, const in
   const bool has_penalties =
       p.repetition_penalty != 1.0 || p.presence_penalty != 0.0 || p.frequency_penalty != 0.0;
   const float* x = has_penalties ? penalise(logits, vocab, p, seen, s) : logits;
-  const Best best = find_best(x, vocab);
+  Best best = find_best(x, vocab);
   if (!best.is_drawable) return -1;
   if (p.temperature == 0.0) return best.token;
+  if (best.value == INFINITY) {
+    // All others are impossible then.
+    std::transform(x, x + vocab, s.row.data(), [](float l) { return l == INFINITY ? 0 : -INFINITY; });
+    x = s.row.data();
+    best.value = 0;
+  }
   const Scaled row{x, vocab, best.value, float(std::max(p.temperature, double(FLT_MIN)))};
   const NoiseKey key{p.seed, uint32_t(p.stream), uint32_t(p.position)};
   const bool is_whole = (p.top_k <= 0 || p.top_k >= vocab) && !(p.top_p < 1.0) && !(p.min_p > 0.0);

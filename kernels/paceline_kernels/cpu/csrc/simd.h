@@ -189,20 +189,29 @@ inline bool any(i32x16 mask) {
 }
 
 // One bit per lane of a mask.
-inline uint32_t bits_of(i32x16 mask) {
+inline uint32_t bits_of(i32xn mask) {
 #if defined(__AVX512F__)
   return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask);
+#elif defined(__AVX2__)
+  return uint32_t(_mm256_movemask_ps((__m256)mask));
+#elif defined(__SSE2__)
+  return uint32_t(_mm_movemask_ps((__m128)mask));
 #else
   uint32_t bits = 0;
-#if defined(__SSE2__)
-  __m128 quarters[4];
-  std::memcpy(quarters, &mask, sizeof quarters);
-  for (int i = 0; i < 4; ++i) bits |= uint32_t(_mm_movemask_ps(quarters[i])) << (4 * i);
-#else
-  for (int i = 0; i < kLanes; ++i) bits |= (mask[i] != 0 ? 1u : 0u) << i;
-#endif
+  for (int i = 0; i < kNative; ++i) bits |= (mask[i] != 0 ? 1u : 0u) << i;
   return bits;
 #endif
+}
+
+// One bit for each of 16 lanes for which is_true(lanes of a register) holds. GCC 12 compares
+// vectors wider than a register lane by lane.
+template <typename IsTrue>
+uint32_t bits_where(f32x16 v, IsTrue&& is_true) {
+  f32xn parts[kLanes / kNative];
+  std::memcpy(parts, &v, sizeof parts);
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes / kNative; ++i) bits |= bits_of(is_true(parts[i])) << (i * kNative);
+  return bits;
 }
 
 constexpr float kLog2E = 1.44269504088896341f;

@@ -76,7 +76,7 @@ inline void collect(const float* x, int n, float threshold, Candidates& out) {
   out.clear(n);
   for (int i = 0; i < n; i += kLanes, ids += kLanes) {
     const f32x16 v = load_or(x + i, n - i, NAN);
-    const uint32_t bits = bits_of(v >= threshold);
+    const uint32_t bits = bits_where(v, [&](f32xn part) { return part >= threshold; });
     if (bits) out.append(bits, v, ids);
   }
   out.pad();
@@ -96,7 +96,7 @@ inline float kth_largest(const float* x, int n, int k, Candidates& scratch) {
   float floor = -INFINITY;
   for (int i = 0; i < n; i += kLanes) {
     const f32x16 v = load_or(x + i, n - i, -INFINITY);
-    const uint32_t bits = bits_of(v > floor);
+    const uint32_t bits = bits_where(v, [&](f32xn part) { return part > floor; });
     if (!bits) continue;
     scratch.append(bits, v, i32x16{});
     if (scratch.count >= most) floor = shrink();
@@ -104,52 +104,45 @@ inline float kth_largest(const float* x, int n, int k, Candidates& scratch) {
   return scratch.count < k ? -INFINITY : shrink();
 }
 
-using f64x8 = double __attribute__((vector_size(64)));
-using i64x8 = int64_t __attribute__((vector_size(64)));
+using f64xn = double __attribute__((vector_size(4 * kNative)));
+using i64xn = int64_t __attribute__((vector_size(4 * kNative)));
+constexpr int kDoubles = kNative / 2;
 
 // e^x within 2 units in the last place for x <= 0; 0 below -700.
-inline f64x8 exp(f64x8 x) {
+inline f64xn exp(f64xn x) {
   constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
-  const i64x8 is_tiny = x < -700.0;
-  x = is_tiny ? f64x8{} : x;
-  const f64x8 shifted = x * 1.44269504088896340736 + kRound, n = shifted - kRound;
+  const i64xn is_normal = x >= -700.0;
+  x = (f64xn)((i64xn)x & is_normal);
+  const f64xn shifted = x * 1.44269504088896340736 + kRound, n = shifted - kRound;
   // ln 2 in two parts (fdlibm e_exp.c): n times the first one is exact.
-  const f64x8 r = x - n * 6.93147180369123816490e-01 - n * 1.90821492927058770002e-10;
+  const f64xn r = x - n * 6.93147180369123816490e-01 - n * 1.90821492927058770002e-10;
   // Taylor's series: the first term left out is below 2^-52 for |r| <= ln 2 / 2.
-  f64x8 p = 1.0 / 479001600 * r + 1.0 / 39916800;
+  f64xn p = 1.0 / 479001600 * r + 1.0 / 39916800;
   for (const double c : {1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040, 1.0 / 720, 1.0 / 120,
                          1.0 / 24, 1.0 / 6, 1.0 / 2, 1.0, 1.0}) {
     p = p * r + c;
   }
-  const f64x8 scaled = (f64x8)((i64x8)p + ((i64x8)shifted << 52));
-  return is_tiny ? f64x8{} : scaled;
+  return (f64xn)(((i64xn)p + ((i64xn)shifted << 52)) & is_normal);
 }
 
-struct Weights {
-  f64x8 low, high;
-};
-
-inline Weights weights(f32x16 x) {
-  using f32x8 = float __attribute__((vector_size(32)));
-  f32x8 halves[2];
-  std::memcpy(halves, &x, sizeof halves);
-  return {exp(__builtin_convertvector(halves[0], f64x8)),
-          exp(__builtin_convertvector(halves[1], f64x8))};
+// Exponentials of some logits.
+inline f64xn weights(const float* x) {
+  using f32xh = float __attribute__((vector_size(2 * kNative)));
+  return exp(__builtin_convertvector(load_as<f32xh>(x), f64xn));
 }
 
 // Sum of exponentials of whole lanes. What is left out, below e^-60, is less than any rounding.
 inline double mass(const float* x, int n) {
-  Weights sums = {};
+  f64xn sums[2] = {};
   for (int i = 0; i < n; i += kLanes) {
-    const f32x16 v = load(x + i);
-    if (!any(v > -60.0f)) continue;
-    const Weights w = weights(v);
-    sums.low += w.low;
-    sums.high += w.high;
+    if (!bits_where(load(x + i), [](f32xn v) { return v > -60.0f; })) continue;
+    for (int j = 0; j < kLanes; j += 2 * kDoubles) {
+      sums[0] += weights(x + i + j);
+      sums[1] += weights(x + i + j + kDoubles);
+    }
   }
-  sums.low += sums.high;
   double sum = 0;
-  for (int i = 0; i < 8; ++i) sum += sums.low[i];
+  for (int i = 0; i < kDoubles; ++i) sum += sums[0][i] + sums[1][i];
   return sum;
 }
 
@@ -166,16 +159,18 @@ constexpr double kReached = 1e-13;
 // Adds up the weights of keys that begin with `prefix`, by their next bits. As none of the values
 // is above 0, the bits of their magnitude sort them: the best has key 0.
 inline void add_weights(const Candidates& c, uint32_t prefix, int shift, int bits, double* sums) {
+  const auto key = [](auto v) { return v & 0x7FFFFFFFu; };
   for (int i = 0; i < c.count; i += kLanes) {
-    const f32x16 v = load(&c.values[i]);
-    const u32x16 keys = (u32x16)v & 0x7FFFFFFFu;
-    uint32_t left = bits_of((i32x16)(keys >> (shift + bits)) == int32_t(prefix));
+    const float* x = &c.values[i];
+    uint32_t left = bits_where(load(x), [&](f32xn v) {
+      return (i32xn)(key((u32xn)v) >> (shift + bits) == prefix);
+    });
     if (!left) continue;
-    const Weights w = weights(v);
+    double all[kLanes];
+    for (int j = 0; j < kLanes; j += kDoubles) store_as(all + j, weights(x + j));
     for (; left; left &= left - 1) {
       const int lane = __builtin_ctz(left);
-      const double weight = lane < 8 ? w.low[lane] : w.high[lane - 8];
-      sums[keys[lane] >> shift & ((1u << bits) - 1)] += weight;
+      sums[key(load_as<uint32_t>(x + lane)) >> shift & ((1u << bits) - 1)] += all[lane];
     }
   }
 }
@@ -194,7 +189,7 @@ inline NucleusEnd find_nucleus(const Candidates& c, double target) {
     prefix = prefix << bits | uint32_t(bucket);
   }
   const float value = -load_as<float>(&prefix);
-  const double weight = weights(splat(value)).low[0];
+  const double weight = exp(f64xn{} + double(value))[0];
   int ties = prefix == 0;
   while (ties < c.count && above + ties * weight < target) ++ties;
   return {value, ties};
