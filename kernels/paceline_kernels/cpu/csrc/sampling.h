@@ -199,7 +199,8 @@ inline int draw_token(const float* logits, int vocab, const DrawRow& p, const in
   if (p.temperature == 0.0) return best.token;
   if (best.value == INFINITY) {
     // All others are impossible then.
-    std::transform(x, x + vocab, s.row.data(), [](float l) { return l == INFINITY ? 0 : -INFINITY; });
+    const auto limit = [](float l) { return l == INFINITY ? 0 : -INFINITY; };
+    std::transform(x, x + vocab, s.row.data(), limit);
     x = s.row.data();
     best.value = 0;
   }
@@ -229,7 +230,8 @@ inline double log_sum(const float* x, int vocab, float best) {
 // the lower tokens first.
 inline void write_logprobs(const DrawCall& call, int64_t r, int token) {
   DrawScratch& s = draw_scratch();
-  const int vocab = int(call.vocab), wanted = int(std::min(call.params[r].num_logprobs, call.vocab));
+  const int vocab = int(call.vocab);
+  const int wanted = int(std::min(call.params[r].num_logprobs, call.vocab));
   const float* logits = call.logits + r * vocab;
   const float best = find_best(logits, vocab).value;
   const double log_total = log_sum(logits, vocab, best);
