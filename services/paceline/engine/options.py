@@ -22,7 +22,7 @@ class EngineOptions:
     """Memory of the pool in MiB; touched only as it is used."""
     chunk_tokens: int = 512
     """Most tokens computed in one step."""
-    mixed_step_ratio: float = 1.8
+    mixed_step_ratio: float = 1.6
     """Longest step with both decoding rows and prompt work, as a multiple of the predicted
     time of the decoding rows alone; below 2, so that prediction errors stay below it too."""
     max_num_seqs: int = 64

@@ -34,7 +34,7 @@ class WorkerSettings(ServiceSettings):
     """Memory of the engine's KV pool in MiB; touched only as it is used."""
     chunk_tokens: int = Field(default=512, ge=1)
     """Most tokens per engine step, reached while nothing decodes; larger ones gain little."""
-    mixed_step_ratio: float = Field(default=1.8, ge=1)
+    mixed_step_ratio: float = Field(default=1.6, ge=1)
     """How much longer than its decoding rows alone a step may be predicted to take with prompt
     work in it; smaller keeps ITL low, larger keeps TTFT low while others decode."""
     max_num_seqs: int = Field(default=64, ge=1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 from paceline.engine.bench.options import BenchOptions
 from paceline.engine.bench.rig import (
@@ -24,12 +25,14 @@ from paceline.engine.bench.rig import (
 from paceline.engine.engine import Engine
 from paceline.engine.events import FailedEvent, OutputEvent
 from paceline.engine.options import EngineOptions
+from paceline.engine.scheduler import CHUNK_UNIT
 
 _STREAM_PROMPT = 128
 """Tokens of each stream's own prompt."""
 _QUIET_STEPS = 64
 """Steps of the streams alone."""
 _NO_LIMIT = 1e9
+_ROUNDS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +46,11 @@ class _Gaps:
 
 
 def bench_chunking(options: BenchOptions) -> dict[str, object]:
-    """Measure and return the report."""
+    """Measure both ways in turn, several times, and return the report of medians."""
     ratio = EngineOptions(options.model).mixed_step_ratio
-    limited, alone_s = _measure(options, ratio)
-    whole, _ = _measure(options, _NO_LIMIT)
+    rounds = [(_measure(options, ratio), _measure(options, _NO_LIMIT)) for _ in range(_ROUNDS)]
+    limited = [on for (on, _), _ in rounds]
+    whole = [off for _, (off, _) in rounds]
     report: dict[str, object] = {
         "model": Path(options.model).resolve().name,
         "dtype": options.dtype,
@@ -54,13 +58,15 @@ def bench_chunking(options: BenchOptions) -> dict[str, object]:
         "streams": options.concurrency,
         "prompt_len": options.prompt_len,
         "mixed_step_ratio": ratio,
-        "undisturbed": {**_itl(limited.quiet_s), "ttft_s": round(alone_s, 4)},
-        "on": {**_itl(limited.mixed_s), "ttft_s": round(limited.ttft_s, 4)},
-        "off": {**_itl(whole.mixed_s), "ttft_s": round(whole.ttft_s, 4)},
+        "rounds": _ROUNDS,
+        "undisturbed": _summary(
+            [gaps.quiet_s for gaps in limited], [alone_s for (_, alone_s), _ in rounds]
+        ),
+        "on": _summary([gaps.mixed_s for gaps in limited], [gaps.ttft_s for gaps in limited]),
+        "off": _summary([gaps.mixed_s for gaps in whole], [gaps.ttft_s for gaps in whole]),
     }
-    report["p99_ratio"] = round(
-        quantile(limited.mixed_s, 0.99) / quantile(limited.quiet_s, 0.99), 2
-    )
+    ratios = [quantile(gaps.mixed_s, 0.99) / quantile(gaps.quiet_s, 0.99) for gaps in limited]
+    report["p99_ratio"] = round(median(ratios), 2)
     if not options.is_quiet:
         _print_table(report)
     return report
@@ -68,8 +74,8 @@ def bench_chunking(options: BenchOptions) -> dict[str, object]:
 
 def _measure(options: BenchOptions, ratio: float) -> tuple[_Gaps, float]:
     """Return the gaps, and the prompt's time to first token while nothing decodes."""
-    # Long enough for a prompt that goes on by one block a step.
-    num_steps = 2 * _QUIET_STEPS + options.prompt_len // 16
+    # Long enough for a prompt that goes on by the least chunks.
+    num_steps = 2 * _QUIET_STEPS + options.prompt_len // CHUNK_UNIT
     longest = max(options.prompt_len + 1, _STREAM_PROMPT + num_steps)
     rig = build_rig(
         options,
@@ -130,10 +136,12 @@ def _stream_prompts(rig: Rig, options: BenchOptions) -> list[tuple[int, ...]]:
     )
 
 
-def _itl(gaps_s: tuple[float, ...]) -> dict[str, float]:
+def _summary(rounds_s: list[tuple[float, ...]], ttft_s: list[float]) -> dict[str, float]:
+    """Return medians over the rounds of a way's quantiles of gaps, and of its first tokens."""
     return {
-        "itl_p50_ms": round(1e3 * quantile(gaps_s, 0.5), 2),
-        "itl_p99_ms": round(1e3 * quantile(gaps_s, 0.99), 2),
+        "itl_p50_ms": round(1e3 * median(quantile(gaps_s, 0.5) for gaps_s in rounds_s), 2),
+        "itl_p99_ms": round(1e3 * median(quantile(gaps_s, 0.99) for gaps_s in rounds_s), 2),
+        "ttft_s": round(median(ttft_s), 4),
     }
 
 
