@@ -66,7 +66,9 @@ def up(
     arena_mb: Annotated[
         int | None, typer.Option(min=1, help="MiB per node.", rich_help_panel=_STORE)
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="f32 or bf16.", rich_help_panel=_ENGINE)] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="f32, bf16 or int8.", rich_help_panel=_ENGINE)
+    ] = None,
     threads: Annotated[
         int | None,
         typer.Option(

@@ -3,7 +3,7 @@
 A stream feels a chunk as one long gap between its tokens. So the chunk is the largest one for
 which the step is predicted to take no more than a given multiple of what the decoding rows
 take alone; never less than a few tokens, so that prompts go on whatever the prediction says.
-scheduler.py calls it; a pure function of values.
+scheduler.py calls it, and says whose pace a prompt has to keep; a pure function of values.
 """
 
 from __future__ import annotations

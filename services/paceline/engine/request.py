@@ -54,6 +54,10 @@ class Sequence:
     finish_reason: FinishReason | None = None
     has_looked_up: bool = False
     """Whether the KV store was asked since the sequence last started waiting."""
+    arrived_at: int | None = None
+    """Steps done when it first started waiting."""
+    streams_since: int | None = None
+    """Steps done when its first token was drawn here."""
     num_prompt: int = field(init=False)
     """Tokens of the prompt."""
 

@@ -10,6 +10,7 @@ engine.py and admission.py call this file and perform what it decides.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from paceline.domain.cost import StepShape
@@ -54,12 +55,15 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.num_preemptions = 0
+        self._num_steps = 0
 
     # -- queues ---------------------------------------------------------------------------
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence by its request's order."""
         sequence.phase = Phase.WAITING
+        if sequence.arrived_at is None:
+            sequence.arrived_at = self._num_steps
         self.waiting.append(sequence)
         self.waiting.sort(key=Sequence.order)
 
@@ -183,6 +187,7 @@ class Scheduler:
         Failed sequences stay as they were before the step; the caller ends them.
         """
         by_id, block_size = {s.id: s for s in self.running}, self.block_size
+        self._num_steps += 1
         advanced: list[tuple[Sequence, SampledToken | None]] = []
         failed: list[Sequence] = []
         for i, (row, sampled) in enumerate(zip(plan.rows, result.sampled, strict=True)):
@@ -198,6 +203,8 @@ class Scheduler:
                 self._register_full_blocks(sequence)
             if sampled is not None:
                 sequence.token_ids.append(sampled.token_id)
+                if sequence.streams_since is None:
+                    sequence.streams_since = self._num_steps
             advanced.append((sequence, sampled))
         return advanced, failed
 
@@ -248,17 +255,23 @@ class Scheduler:
     def _choose_chunks(
         self, computing: list[Sequence], chosen: _Chosen, reclaim: Callable[[], bool]
     ) -> None:
-        """Add prompt chunks to a step that holds its decoding rows."""
+        """Add prompt chunks to a step that holds its decoding rows.
+
+        A prompt keeps to the pace of streams that were there before it. Those it was there
+        before wait for it: requests that came together decode together soonest that way.
+        """
         # Prompts go on, if slowly, however many rows decode.
         unit = min(self.block_size, CHUNK_UNIT)
         least = min(unit, self.step_tokens)
         budget = max(self.step_tokens - len(chosen), least)
         attended = sum(s.num_computed + 1 for s, _ in chosen.values())
         step = StepShape(rows=len(chosen), attended=attended)
+        started = [s.streams_since for s, _ in chosen.values() if s.streams_since is not None]
         for sequence in computing:
             start = sequence.num_computed
             most = min(sequence.num_remaining, budget)
-            if self.pace is not None:
+            has_elders = min(started, default=math.inf) <= (sequence.arrived_at or 0)
+            if self.pace is not None and has_elders:
                 most = self.pace.chunk_tokens(
                     step, start=start, least=min(least, most), most=most, unit=unit
                 )

@@ -103,3 +103,25 @@ def test_a_prompt_goes_on_beside_streams_in_chunks_of_their_pace(
     chunks = chunks_beside_two_streams(slowdown, token_s)
     assert chunks[0] == expected
     assert sum(chunks) >= 199 and set(chunks[:-1]) == {expected}
+
+
+def test_prompts_that_came_together_do_not_wait_for_each_others_streams() -> None:
+    engine, runner = paced_engine(slowdown=1.0, token_s=0.001)
+    for name in ("a", "b", "c"):
+        engine.submit(spec_of(name, length=100, max_tokens=30))
+    while engine.num_requests > 0:
+        engine.step()
+    # 300 tokens at 64 a step, though the first stream begins after two; then they decode.
+    assert len(runner.plans) <= 300 // 60 + 30
+
+
+def test_a_prompt_keeps_the_pace_of_a_stream_that_was_there_before() -> None:
+    engine, runner = paced_engine(slowdown=1.0, token_s=0.001)
+    engine.submit(spec_of("first", length=3, max_tokens=150))
+    engine.step()
+    for name in ("a", "b"):
+        engine.submit(spec_of(name, length=100, max_tokens=5))
+    runner.plans.clear()
+    while len(runner.plans) < 20:
+        engine.step()
+    assert all(sum(len(r.token_ids) for r in plan.rows) <= 1 + 4 for plan in runner.plans)
