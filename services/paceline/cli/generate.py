@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import os
+import signal
 import sys
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -141,7 +142,7 @@ def generate(
         # The reader has enough; Python would complain again while it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(1) from None
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, asyncio.CancelledError):
         raise typer.Exit(INTERRUPTED_EXIT_CODE) from None
 
 
@@ -153,6 +154,10 @@ async def _stream(
     printer: AnswerPrinter,
 ) -> None:
     has_answer = False
+    # asyncio.run's own handler does not wake a loop that is just going to wait.
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGINT, task.cancel)
     try:
         async with open_client(endpoint, api_key) as client:
             responses = client.generate(request, timeout_s)
