@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import logging
 import os
 from ctypes import POINTER, c_char_p, c_float, c_int, c_int64, c_size_t, c_void_p
@@ -165,6 +166,15 @@ def backend() -> str:
     """Name what computes here: an instruction set, or "reference"."""
     loaded = library()
     return "reference" if loaded is None else loaded.pl_isa().decode()
+
+
+@functools.cache
+def build_id() -> str:
+    """Name the library's content, so that what was measured of one build is not held for true
+    of another; "" without one."""
+    if library() is None:
+        return ""
+    return hashlib.blake2b(_PATH.read_bytes(), digest_size=8).hexdigest()
 
 
 def set_threads(threads: int) -> None:

@@ -110,7 +110,8 @@ def _step_cost(
         dtype=options.dtype,
         machine=processor_fingerprint(),
         threads=options.threads,
-        backend=f"paceline {__version__}, torch {torch.__version__}, {kernels.backend()}",
+        backend=f"paceline {__version__}, torch {torch.__version__}, "
+        f"{kernels.backend()} {kernels.build_id()}",
         block_size=options.block_size,
         chunk_tokens=options.chunk_tokens,
         max_context_tokens=min(max_context_tokens, MAX_TIMED_CONTEXT),

@@ -15,7 +15,7 @@ from paceline_kernels import (
     write_kv,
 )
 from paceline_kernels.cpu.decoder import DecoderShape, FusedDecoder, LayerTensors
-from paceline_kernels.cpu.library import backend, library, set_threads
+from paceline_kernels.cpu.library import backend, build_id, library, set_threads
 from paceline_kernels.cpu.sampling import DrawRow, draw
 
 
@@ -32,6 +32,7 @@ __all__ = [
     "LayerTensors",
     "QuantisedWeight",
     "backend",
+    "build_id",
     "draw",
     "gumbel_noise",
     "gumbel_noise_at",
