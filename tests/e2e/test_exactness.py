@@ -233,11 +233,12 @@ def test_a_second_run_hits_the_cache_and_changes_no_token(runs: Runs) -> None:
         assert cached == num_cacheable(len(case.prompt_ids))
 
 
-def test_most_prompts_are_computed_by_one_worker_and_continued_by_another(
+def test_many_prompts_are_computed_by_one_worker_and_continued_by_another(
     runs: Runs, demo_platform: Platform
 ) -> None:
+    """The faster a worker computes, the more short prompts stay with the one that decodes."""
     split = [len(c.prompt_ids) for c, a in zip(cases(), runs.first, strict=True) if is_split(a)]
-    assert len(split) >= 25, f"{len(split)} of 50"
+    assert len(split) >= 15, f"{len(split)} of 50"
     handed_over = sum(map(num_blocks, split))
     # One whose answer is late is computed again instead.
     assert runs.num_loaded_blocks >= 0.8 * handed_over

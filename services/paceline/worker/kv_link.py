@@ -27,8 +27,9 @@ logger = logging.getLogger(__name__)
 SLOT_CREDITS = 256
 """Empty slots the engine holds at most: two 2,048-token prompts can be written without asking."""
 
-MAX_ARENA_SHARE = 8
-"""One worker's credits take at most this fraction (1/n) of the arena."""
+MAX_ARENA_SHARE = 16
+"""One worker's credits take at most this fraction (1/n) of the arena. A killed worker's rest for
+some seconds beside those of its successor; a fleet that starts anew must not evict what is kept."""
 
 _RETRY_S = 0.05
 _MAX_COMMIT_BLOCKS = 512
