@@ -69,10 +69,10 @@ inline int count_few(const AttentionShape& s, const Batch& batch, const Attentio
 
 // What tile `i`'s block is followed by: the next head's block, or the one further on.
 inline Ahead look_ahead(const Context& c, const LaneTile* tiles, int i, int num_tiles, int at,
-                        int end, const KvBlock& block) {
+                        const KvBlock& block) {
   const bool is_last_head = tiles[i].kv_head == tiles[num_tiles - 1].kv_head;
   const int head = is_last_head ? tiles[0].kv_head : tiles[i].kv_head + 1;
-  const int begin = is_last_head ? at + kKvBlock : at;
+  const int begin = is_last_head ? at + kKvBlock : at, end = c.batch.kv_lens[c.row];
   Ahead ahead;
   for (int t = 0; t < kKvBlock / 16; ++t) {
     const bool is_there = c.shape.block_size % 16 == 0 && begin + 16 * t < end;
@@ -82,13 +82,30 @@ inline Ahead look_ahead(const Context& c, const LaneTile* tiles, int i, int num_
   return ahead;
 }
 
+// Which lanes see the context's token at `at`, where the step's own tokens form a tree.
+inline i32x16 seen_in_tree(const Context& c, const LaneTile& tile, int at, int window) {
+  const int q_len = c.batch.cu_q[c.row + 1] - c.batch.cu_q[c.row];
+  const int before = c.batch.kv_lens[c.row] - q_len, node = at - before;
+  const uint8_t* mask = c.batch.tree_mask + c.batch.mask_offsets[c.row];
+  int depth = 0;
+  for (int j = 0; node >= 0 && j < q_len; ++j) depth += mask[int64_t(node) * q_len + j] != 0;
+  const int position = node < 0 ? at : before + depth - 1;
+  i32x16 seen = {};
+  for (int l = 0; l < tile.count; ++l) {
+    const int query = (tile.lane + l) % q_len;
+    const bool is_seen = node < 0 || mask[int64_t(query) * q_len + node] != 0;
+    seen[l] = is_seen && position > tile.position[l] - window ? -1 : 0;
+  }
+  return seen;
+}
+
 // Attends the tiles of an item to [begin, end) of the context and merges the result into `totals`.
 inline void attend_split(const Context& c, const LaneTile* tiles, int num_tiles, int few, int begin,
                          int end, AttentionScratch& scratch, float* totals) {
   const AttentionShape& s = c.shape;
   const Batch& batch = c.batch;
   const int padded = padded_head(s), kv_len = batch.kv_lens[c.row];
-  const int q_len = batch.cu_q[c.row + 1] - batch.cu_q[c.row], before = kv_len - q_len;
+  const int before = kv_len - (batch.cu_q[c.row + 1] - batch.cu_q[c.row]);
   const size_t state_size = state_floats(padded);
   const size_t query_bytes = size_t(padded) * kLanes * c.element();
   const int window = s.window > 0 ? s.window : INT32_MAX / 2;
@@ -110,7 +127,7 @@ inline void attend_split(const Context& c, const LaneTile* tiles, int num_tiles,
       if (is_first) {
         open = tile.kv_head;
         block = open_block(c, at, kv_len, open, scratch);
-        ahead = look_ahead(c, tiles, i, num_tiles, at, kv_len, block);
+        ahead = look_ahead(c, tiles, i, num_tiles, at, block);
         if (s.kv_type != Type::kF32 && few == 0) {
           arrange_values(block, padded, scratch.arranged.data());
         }
@@ -138,20 +155,8 @@ inline void attend_split(const Context& c, const LaneTile* tiles, int num_tiles,
           attend_block<false>(c, block, used, ahead, q, values, is_masked, seen, scratch, state);
         }
       } else {
-        const uint8_t* mask = batch.tree_mask + batch.mask_offsets[c.row];
-        attend_block<false>(c, block, block.tokens, ahead, q, values, true, [&](int t) -> i32x16 {
-          i32x16 seen = {};
-          const int node = at + t - before;
-          int depth = 0;
-          for (int j = 0; node >= 0 && j < q_len; ++j) depth += mask[int64_t(node) * q_len + j] != 0;
-          const int position = node < 0 ? at + t : before + depth - 1;
-          for (int l = 0; l < tile.count; ++l) {
-            const int query = (tile.lane + l) % q_len;
-            const bool is_seen = node < 0 || mask[int64_t(query) * q_len + node] != 0;
-            seen[l] = is_seen && position > tile.position[l] - window ? -1 : 0;
-          }
-          return seen;
-        }, scratch, state);
+        const auto seen = [&](int t) { return seen_in_tree(c, tile, at + t, window); };
+        attend_block<false>(c, block, block.tokens, ahead, q, values, true, seen, scratch, state);
       }
     }
   }

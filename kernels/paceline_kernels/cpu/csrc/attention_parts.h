@@ -13,8 +13,7 @@ namespace PACELINE_ISA {
 
 constexpr float kNever = -INFINITY;
 
-// One block of context, ready to be read: pointers to tiles of 16 keys, and values in the order
-// of the backend's product.
+// One block of context, ready to be read: pointers to tiles of 16 keys and of 16 values.
 struct KvBlock {
   const uint8_t* keys[kKvBlock / 16];
   ptrdiff_t key_stride;              // bytes from token to token

@@ -74,7 +74,8 @@ void pl_rotate(float* x, const int64_t* positions, const float* cos_sin, int row
 void* pl_linear_new(int type, const void* weight, int source_type, int outputs, int inputs,
                     const float* bias, int is_gated) {
   const Source whole{static_cast<const uint8_t*>(weight), Type(source_type), outputs};
-  return new Linear{table(), pack_weight(table(), Type(type), &whole, 1, inputs, is_gated != 0, bias)};
+  return new Linear{
+      table(), pack_weight(table(), Type(type), &whole, 1, inputs, is_gated != 0, bias)};
 }
 
 void pl_linear_free(void* linear) { delete static_cast<Linear*>(linear); }

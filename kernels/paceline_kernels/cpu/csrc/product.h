@@ -25,11 +25,11 @@ constexpr int kWords = 1;
 #endif
 
 #if defined(__AVX512F__)
-constexpr int kF32Rows = 12;  // 24 of 32 registers accumulate
+constexpr int kRowsAtOnce = 12;  // 24 of 32 registers accumulate
 #elif defined(__AVX2__)
-constexpr int kF32Rows = 3;
+constexpr int kRowsAtOnce = 3;
 #else
-constexpr int kF32Rows = 1;
+constexpr int kRowsAtOnce = 1;
 #endif
 
 // Weights are asked for so many bytes before they are used. Arithmetic on several tokens fills the
@@ -274,8 +274,8 @@ inline void tile_product(const PackedWeight& w, int panel, const Operand& operan
     return amx_product<true>(a, stride, b, begin, end, rows, streams, c, accumulate);
   }
 #endif
-  for (int r = 0; r < rows; r += kF32Rows, a += kF32Rows * stride) {
-    with_rows<kF32Rows>(rows - r, [&](auto count) {
+  for (int r = 0; r < rows; r += kRowsAtOnce, a += kRowsAtOnce * stride) {
+    with_rows<kRowsAtOnce>(rows - r, [&](auto count) {
       constexpr int R = decltype(count)::value;
       if (w.type == Type::kF32) {
         f32_rows<R>(a, stride, b, begin, end, c.f32 + r, accumulate);
