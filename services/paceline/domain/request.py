@@ -61,6 +61,8 @@ class GenerationSpec:
     logprobs: int = 0
     n: int = 1
     priority: int = 0
+    speculation: str = "AUTO"
+    """"AUTO", "OFF", or the name of the one drafter to use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,3 +83,10 @@ class TokenChunk:
     logprobs: tuple[TokenLogprobs, ...] = ()
     finish_reason: FinishReason | None = None
     target_steps: int = 0
+    """Passes of the target model that brought the tokens."""
+    drafted_tokens: int = 0
+    """Tokens that were proposed for those passes."""
+    accepted_tokens: int = 0
+    """Proposed tokens among `token_ids`."""
+    draft_version: str = ""
+    """Version of the draft model that proposed, if one did."""

@@ -32,6 +32,21 @@ class EngineOptions:
     batch_invariant: bool = False
     """Compute each row with the same arithmetic whatever else is in the step. The C++ kernels
     always do, at no cost; torch operations then take one row at a time."""
+    drafters: tuple[str, ...] = ("trie", "recycling", "model")
+    """Drafters that may propose; "model" and "medusa" only take part with their weights."""
+    draft: str | None = None
+    """Directory of a small model that drafts."""
+    medusa: str | None = None
+    """Directory of Medusa heads for the model."""
+    draft_nodes: int = 16
+    """Most draft tokens of a sequence in one step."""
+    draft_depth: int = 8
+    """Longest path of a draft."""
+    draft_builder: str = "dynamic"
+    """How a drafting model's trees grow: chain, static, dynamic, rsd-c or rsd-s."""
+    verifier: str = "coupled"
+    """"coupled": output is token for token that without speculation. "rejection": equal in
+    distribution only, for requests without a seed; those with one stay coupled."""
 
     def to_json(self) -> str:
         """Return one line of JSON."""
@@ -40,4 +55,5 @@ class EngineOptions:
     @classmethod
     def from_json(cls, text: str) -> EngineOptions:
         """Read what `to_json` wrote."""
-        return cls(**json.loads(text))
+        values = json.loads(text)
+        return cls(**{**values, "drafters": tuple(values["drafters"])})
