@@ -23,7 +23,9 @@ class StepShape:
     rows: int = 0
     """Sequences that decode: one token each, and drawn from."""
     tree_nodes: int = 0
-    """Draft tokens computed with the decoding rows."""
+    """Draft tokens computed with the decoding rows, and drawn from as well."""
+    tree_attended: int = 0
+    """Context of those rows, summed over their draft tokens."""
     attended: int = 0
     """Context of the decoding rows' tokens."""
     prefill_rows: int = 0
@@ -100,6 +102,10 @@ class StepCurves:
     """Seconds per token of KV that chunks read."""
     prefill_context_s: float
     """Seconds per token of context of chunks."""
+    nodes: Curve = Curve((0,), (0.0,))
+    """What draft tokens add beyond being tokens: drawing, mostly."""
+    node_context_s: float = 0.0
+    """Seconds per token of context of draft tokens."""
 
     def step_s(self, shape: StepShape) -> float:
         """Predict one step."""
@@ -110,6 +116,8 @@ class StepCurves:
             + self.prefill_row_s * shape.prefill_rows
             + self.prefill_read_s * shape.prefill_context
             + self.prefill_context_s * shape.prefill_attended
+            + self.nodes.at(shape.tree_nodes)
+            + self.node_context_s * shape.tree_attended
         )
 
 
@@ -131,7 +139,8 @@ class StepCost:
         """Predict one step."""
         if self.curves is not None:
             return self.curves.step_s(shape)
-        rows, attended = shape.rows + shape.prefill_rows, shape.attended + shape.prefill_attended
+        rows = shape.rows + shape.prefill_rows
+        attended = shape.attended + shape.tree_attended + shape.prefill_attended
         return (
             self.base_s
             + self.row_s * rows
@@ -175,9 +184,9 @@ class StepCost:
 
 
 def _curves_from_json(data: dict[str, Any]) -> StepCurves:
-    tokens, rows, contexts = (
+    tokens, rows, contexts, nodes = (
         Curve(tuple(map(int, data[k]["counts"])), tuple(map(float, data[k]["seconds"])))
-        for k in ("tokens", "rows", "contexts")
+        for k in ("tokens", "rows", "contexts", "nodes")
     )
     return StepCurves(
         tokens=tokens,
@@ -186,4 +195,6 @@ def _curves_from_json(data: dict[str, Any]) -> StepCurves:
         prefill_row_s=float(data["prefill_row_s"]),
         prefill_read_s=float(data["prefill_read_s"]),
         prefill_context_s=float(data["prefill_context_s"]),
+        nodes=nodes,
+        node_context_s=float(data["node_context_s"]),
     )

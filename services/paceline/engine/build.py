@@ -24,6 +24,7 @@ from paceline.engine.cost_store import (
 )
 from paceline.engine.engine import Engine
 from paceline.engine.models.config import ModelConfig, load_model_config
+from paceline.engine.models.deepen import deepen_config
 from paceline.engine.models.load import KV_DTYPES, ModelOptions, load_model
 from paceline.engine.options import EngineOptions
 from paceline.engine.probe import StepTimer
@@ -57,6 +58,8 @@ def build_engine(options: EngineOptions) -> tuple[Engine, EngineCard]:
     _check_options(options)
     directory, dtype = Path(options.model), KV_DTYPES[options.dtype]
     config = load_model_config(directory)
+    if options.deepen:
+        config = deepen_config(config, options.deepen)
     num_pages = _num_pages(options, config, dtype)
     # One sequence must always fit alone, else preemption could not help it.
     max_context = min(config.max_context_tokens, num_pages * options.block_size)
@@ -69,10 +72,13 @@ def build_engine(options: EngineOptions) -> tuple[Engine, EngineCard]:
             max_context,
             options.threads,
             batch_invariant=options.batch_invariant,
+            extra_layers=options.deepen,
         ),
     )
     runner = Runner(model, num_pages=num_pages, block_size=options.block_size, dtype=dtype)
     digest = model_digest(directory)
+    if options.deepen:
+        digest = f"{digest}+{options.deepen}"
     cost = _step_cost(options, runner, digest, num_pages, max_context)
     root = chain_root(digest, options.dtype, options.block_size)
     scheduler = Scheduler(

@@ -22,6 +22,9 @@ _CHUNKS = (1, 2, 8, 16, 32, 64, 128, 256, 512)
 _SHORT, _MIDDLE, _LONG, _LONGEST = 16, 512, 1024, 1536
 """Contexts of timed steps, as far as a sequence may have them."""
 
+_NODES = (1, 2, 4, 8, 16, 32)
+"""Draft tokens in all that are timed."""
+
 MAX_TIMED_CONTEXT = 1600
 """No timed step needs longer sequences; what lies behind is extrapolated."""
 
@@ -50,7 +53,7 @@ def measure_step_cost(timer: StepTimer, *, max_context_tokens: int, chunk: int) 
     chunks = _chunk_sizes(chunk, max_context_tokens)
     steps = _steps(chunks, max_context_tokens)
     seconds = timer.best_s(steps)
-    grid = Grid(tokens=chunks, rows=(0, *_ROWS), contexts=_CONTEXTS)
+    grid = Grid(tokens=chunks, rows=(0, *_ROWS), contexts=_CONTEXTS, nodes=(0, *_NODES))
     return fit_step_cost([step.shape for step in steps], seconds, grid)
 
 
@@ -89,4 +92,10 @@ def _steps(chunks: tuple[int, ...], longest: int) -> list[ProbeStep]:
     for rows, start, tokens in mixed:
         chunk = (min(tokens, largest), 0)
         steps.append(ProbeStep((start,) * rows, (chunk,)))
+    drafts = [(1, short, nodes) for nodes in _NODES]
+    drafts += [(1, middle, 8), (1, end, 8), (1, middle, 16)]
+    drafts += [(4, short, 8), (8, middle, 2), (16, short, 2)]
+    for rows, start, nodes in drafts:
+        nodes = min(nodes, longest - 2)
+        steps.append(ProbeStep((min(start, longest - 1 - nodes),) * rows, nodes=max(0, nodes)))
     return steps

@@ -29,6 +29,7 @@ class Grid:
     rows: tuple[int, ...]
     """From 0, where the curve is 0; so for contexts."""
     contexts: tuple[int, ...]
+    nodes: tuple[int, ...] = (0,)
 
 
 def fit_step_cost(shapes: list[StepShape], seconds: list[float], grid: Grid) -> StepCost:
@@ -37,9 +38,10 @@ def fit_step_cost(shapes: list[StepShape], seconds: list[float], grid: Grid) -> 
     linear = nonnegative_fit(np.array([_linear_features(s) for s in shapes]), times)
     base_s, row_s, token_s, context_s = linear
     x = nonnegative_fit(np.array([_features(s, grid) for s in shapes]), times)
-    ends = np.cumsum([1, *(len(c) - 1 for c in (grid.tokens, grid.rows, grid.contexts))])
-    first, tokens, rows, contexts, rest = np.split(np.array(x), ends)
-    prefill_row_s, prefill_read_s, prefill_context_s = map(float, rest)
+    curved = (grid.tokens, grid.rows, grid.contexts, grid.nodes)
+    ends = np.cumsum([1, *(len(counts) - 1 for counts in curved)])
+    first, tokens, rows, contexts, nodes, rest = np.split(np.array(x), ends)
+    prefill_row_s, prefill_read_s, prefill_context_s, node_context_s = map(float, rest)
     curves = StepCurves(
         tokens=_curve(grid.tokens, float(first[0]), tokens),
         rows=_curve(grid.rows, 0.0, rows),
@@ -47,6 +49,8 @@ def fit_step_cost(shapes: list[StepShape], seconds: list[float], grid: Grid) -> 
         prefill_row_s=prefill_row_s,
         prefill_read_s=prefill_read_s,
         prefill_context_s=prefill_context_s,
+        nodes=_curve(grid.nodes, 0.0, nodes),
+        node_context_s=node_context_s,
     )
     return StepCost(base_s, row_s, token_s, context_s, curves)
 
@@ -89,7 +93,7 @@ def _linear_features(shape: StepShape) -> list[float]:
         1.0,
         shape.rows + shape.prefill_rows,
         shape.num_tokens,
-        shape.attended + shape.prefill_attended,
+        shape.attended + shape.tree_attended + shape.prefill_attended,
     ]
 
 
@@ -99,9 +103,11 @@ def _features(shape: StepShape, grid: Grid) -> list[float]:
         *_ramps(grid.tokens, shape.num_tokens),
         *_ramps(grid.rows, shape.rows),
         *_ramps(grid.contexts, shape.attended),
+        *_ramps(grid.nodes, shape.tree_nodes),
         shape.prefill_rows,
         shape.prefill_context,
         shape.prefill_attended,
+        shape.tree_attended,
     ]
 
 

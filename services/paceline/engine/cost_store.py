@@ -23,7 +23,7 @@ from paceline.domain.cost import StepCost
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2
 """Changes with the form of the file or the meaning of its numbers."""
 
 

@@ -21,6 +21,7 @@ from paceline.engine.ports import BlockArena, Slot, StepRunner, StoredBlock
 from paceline.engine.reports import end_report, load_report, step_report
 from paceline.engine.request import Phase, Request, Sequence, check_tokens
 from paceline.engine.scheduler import Scheduler
+from paceline.engine.spec.speculator import Speculator
 from paceline.engine.step import SampledToken, StepPlan
 
 logger = logging.getLogger(__name__)
@@ -37,8 +38,11 @@ class Engine:
         kv_root: bytes,
         vocab_size: int,
         monotonic: Callable[[], float],
+        speculator: Speculator | None = None,
     ) -> None:
+        """Without a speculator every step brings one token per sequence."""
         self._runner = runner
+        self._speculator = speculator
         self._scheduler = scheduler
         self._kv_root = kv_root
         self._vocab_size = vocab_size
@@ -149,7 +153,7 @@ class Engine:
         now_s = self._monotonic()
         self._events += self._admission.admit(now_s)
         self._settle_leaders(now_s)
-        plan = self._scheduler.plan(self._exchange.reclaim)
+        plan = self._scheduler.plan(self._exchange.reclaim, self._speculator)
         if plan is not None:
             self._run(plan, now_s)
             self._settle_leaders(now_s)
@@ -242,30 +246,45 @@ class Engine:
         self._num_steps += 1
         self._last_step_s = result.elapsed_s
         advanced, failed = self._scheduler.commit(plan, result)
+        if self._speculator is not None:
+            self._speculator.observe(plan, result, [sequence for sequence, _ in advanced])
         if failed:
             self._fail({s.id for s in failed}, "nan-logits", "the model's numbers are not finite")
         chunks: dict[str, list[TokenChunk]] = {}
-        for sequence, sampled in advanced:
+        drafts = {
+            row.sequence_id: (len(row.tree), len(brought.path))
+            for row, brought in zip(plan.rows, result.rows, strict=True)
+        }
+        for sequence, taken in advanced:
             request_id = sequence.request.spec.request_id
             if request_id not in self._requests:
                 continue
             self._exchange.queue_saves(sequence, now_s)
             news = chunks.setdefault(request_id, [])
-            if sampled is not None:
-                news.append(self._take_token(sequence, sampled))
+            if taken:
+                news.append(self._take_tokens(sequence, taken, *drafts[sequence.id]))
         for request_id, news in chunks.items():
             self._report(self._requests[request_id], tuple(news))
 
-    def _take_token(self, sequence: Sequence, sampled: SampledToken) -> TokenChunk:
+    def _take_tokens(
+        self,
+        sequence: Sequence,
+        taken: tuple[SampledToken, ...],
+        num_drafted: int,
+        num_accepted: int,
+    ) -> TokenChunk:
         reason = self._scheduler.finish_reason(sequence)
         if reason is not None:
             self._finish(sequence, reason)
         return TokenChunk(
             index=sequence.index,
-            token_ids=(sampled.token_id,),
-            logprobs=() if sampled.logprobs is None else (sampled.logprobs,),
+            token_ids=tuple([token.token_id for token in taken]),
+            logprobs=tuple([t.logprobs for t in taken if t.logprobs is not None]),
             finish_reason=reason,
             target_steps=1,
+            drafted_tokens=num_drafted,
+            accepted_tokens=min(num_accepted, len(taken)),
+            draft_version=self._speculator.version if self._speculator and num_drafted else "",
         )
 
     def _report(self, request: Request, chunks: tuple[TokenChunk, ...]) -> None:
@@ -281,6 +300,8 @@ class Engine:
 
     def _finish(self, sequence: Sequence, reason: FinishReason | None) -> None:
         self._events += self._exchange.lookups.forget(sequence)
+        if self._speculator is not None:
+            self._speculator.forget(sequence.id)
         self._scheduler.finish(sequence, reason)
 
     def _fail(self, sequence_ids: set[int], reason: str, message: str) -> None:

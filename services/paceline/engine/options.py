@@ -32,6 +32,8 @@ class EngineOptions:
     batch_invariant: bool = False
     """Compute each row with the same arithmetic whatever else is in the step. The C++ kernels
     always do, at no cost; torch operations then take one row at a time."""
+    deepen: int = 0
+    """Identity layers added behind the model's own, for measuring: outputs stay what they are."""
     drafters: tuple[str, ...] = ("trie", "recycling", "model")
     """Drafters that may propose; "model" and "medusa" only take part with their weights."""
     draft: str | None = None

@@ -1,7 +1,7 @@
 """The pages of one sequence, in order, also as an array that steps can hand on uncopied.
 
     ids  [p0 p1 p2 ...... pn | room to grow]
-         a view never changes: pages are only added, and into memory behind it
+         a view does not change while pages are added: they go into memory behind it
 
 request.py's sequences own them, scheduler.py and kv_exchange.py add pages.
 """
@@ -21,7 +21,7 @@ _LEAST_ROOM = 16
 
 
 class PageTable:
-    """A list of pages that only grows; a new table starts where the old one is given back."""
+    """A list of pages."""
 
     __slots__ = ("_buffer", "_pages", "ids")
 
@@ -42,6 +42,12 @@ class PageTable:
         self._buffer[end] = page
         self._pages.append(page)
         self.ids = self._buffer[: end + 1]
+
+    def pop(self) -> int:
+        """Take the last page off. No view of it may be in use: the next one takes its place."""
+        page = self._pages.pop()
+        self.ids = self._buffer[: len(self._pages)]
+        return page
 
     def __len__(self) -> int:
         return len(self._pages)

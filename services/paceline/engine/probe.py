@@ -17,6 +17,7 @@ import numpy as np
 from paceline.domain.cost import StepShape
 from paceline.domain.request import SamplingParams
 from paceline.engine.ports import StepRunner
+from paceline.engine.spec.tree import EMPTY_TREE, ROOT, DraftTree
 from paceline.engine.step import Row, SampleSpec, StepPlan
 
 _TOUCHED_BYTES = 256 << 20
@@ -36,11 +37,19 @@ class ProbeStep:
     """Tokens in front of each decoding row's one."""
     chunks: tuple[tuple[int, int], ...] = ()
     """(tokens, start) of each prompt chunk; none ends its prompt, so nothing is drawn."""
+    nodes: int = 0
+    """Draft tokens behind each decoding row's one."""
 
     @property
     def shape(self) -> StepShape:
         """What the cost model is told about it."""
-        shape = StepShape(rows=len(self.starts), attended=sum(self.starts) + len(self.starts))
+        rows, attended = len(self.starts), sum(self.starts) + len(self.starts)
+        shape = StepShape(
+            rows=rows,
+            tree_nodes=rows * self.nodes,
+            attended=attended,
+            tree_attended=self.nodes * attended,
+        )
         for tokens, start in self.chunks:
             shape = shape.with_chunk(tokens, start)
         return shape
@@ -89,14 +98,16 @@ class StepTimer:
     def _plan(self, step: ProbeStep) -> StepPlan:
         runs: list[tuple[int, int, SampleSpec | None]] = [(1, s, _GREEDY) for s in step.starts]
         runs += [(tokens, start, None) for tokens, start in step.chunks]
-        rows, next_page = [], 0
+        rows, next_page, tree = [], 0, _bushy(step.nodes)
         for i, (tokens, start, sample) in enumerate(runs):
-            count = -(-(start + tokens) // self._block_size)
+            draft = EMPTY_TREE if sample is None else tree
+            count = -(-(start + tokens + len(draft)) // self._block_size)
             # Rows share pages only where the pool has too few.
             pages = (next_page + np.arange(count, dtype=np.int32)) % self._num_pages
             next_page += count
             self._touch(min(next_page, self._num_pages))
-            rows.append(Row(i, (0,) * tokens, start, pages.astype(np.int32), sample))
+            ids = pages.astype(np.int32)
+            rows.append(Row(i, (0,) * tokens, start, ids, sample, draft))
         return StepPlan(tuple(rows))
 
     def _touch(self, num_pages: int) -> None:
@@ -105,3 +116,13 @@ class StepTimer:
         for page in range(self._num_touched, num_pages):
             self._runner.write_page(page, nothing)
         self._num_touched = max(self._num_touched, num_pages)
+
+
+def _bushy(num_nodes: int) -> DraftTree:
+    """Return a draft of two nodes on every level, the first of which leads on.
+
+    It has as many paths as levels, which is what drafts look like and what attention feels.
+    """
+    parents = tuple(max(ROOT, i - 2 - i % 2) for i in range(num_nodes))
+    nothing = (0.0,) * num_nodes
+    return DraftTree((0,) * num_nodes, parents, nothing, nothing, ("",) * num_nodes)

@@ -6,11 +6,12 @@ scheduler.py decides how many tokens of which sequence; this file says what the 
 from __future__ import annotations
 
 from paceline.engine.request import Sequence
+from paceline.engine.spec.tree import EMPTY_TREE, DraftTree
 from paceline.engine.step import Row, SampleSpec
 
 
-def build_row(sequence: Sequence, count: int) -> Row:
-    """Return the row that computes the next `count` tokens of a sequence."""
+def build_row(sequence: Sequence, count: int, tree: DraftTree = EMPTY_TREE) -> Row:
+    """Return the row that computes the next `count` tokens of a sequence and a draft behind."""
     start, tokens = sequence.num_computed, sequence.token_ids
     end = start + count
     return Row(
@@ -20,6 +21,8 @@ def build_row(sequence: Sequence, count: int) -> Row:
         pages=sequence.pages.ids,
         # A leader's target is one short of this, so nothing is drawn for it.
         sample=_sample_spec(sequence) if end == len(tokens) else None,
+        tree=tree,
+        is_coupled=not tree.proposals,
     )
 
 

@@ -14,10 +14,11 @@ import time
 import numpy as np
 import torch
 
-from paceline.engine.kernels import AttentionBatch
+from paceline.engine.drawing import draw
+from paceline.engine.kernels import AttentionBatch, move_kv
 from paceline.engine.models.load import Model
-from paceline.engine.sampling.sampler import sample
-from paceline.engine.step import Row, SampledToken, StepPlan, StepResult
+from paceline.engine.spec.tree import ROOT, DraftTree
+from paceline.engine.step import NOTHING, Row, RowResult, StepPlan, StepResult
 
 _PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 
@@ -63,48 +64,76 @@ class Runner:
         started = time.perf_counter()
         for source, destination in plan.page_copies:
             self._kv_PL2KTD[destination].copy_(self._kv_PL2KTD[source])
-        sampled: list[SampledToken | None] = [None] * len(plan.rows)
+        results = [NOTHING] * len(plan.rows)
         failed: set[int] = set()
         if plan.rows:
             x_NE = self._residuals(plan)
             failed |= _rows_with_nan(plan, x_NE)
-            drawn = [i for i, row in enumerate(plan.rows) if row.sample is not None]
-            if drawn:
-                logits_MV = self._model.logits(x_NE, _last_tokens(plan))
-                specs = [row.sample for row in plan.rows if row.sample is not None]
-                for i, token in zip(drawn, sample(logits_MV, specs), strict=True):
-                    sampled[i] = token
-                    if token is None:
+            if any(row.sample is not None for row in plan.rows):
+                logits_MV = self._model.logits(x_NE, _places(plan))
+                results = draw(plan.rows, logits_MV, plan.wanted.successors)
+                for i, (row, result) in enumerate(zip(plan.rows, results, strict=True)):
+                    if row.sample is not None and not result.tokens:
                         failed.add(i)
-        return StepResult(tuple(sampled), time.perf_counter() - started, frozenset(failed))
+                self._settle(plan.rows, results)
+        return StepResult(tuple(results), time.perf_counter() - started, frozenset(failed))
 
     @torch.inference_mode()
     def logits(self, plan: StepPlan) -> torch.Tensor:
-        """Compute the plan's rows and return float32 logits of the rows to draw from, [M, V]."""
-        return self._model.logits(self._residuals(plan), _last_tokens(plan))
+        """Compute the plan's rows and return float32 logits of the places to draw at, [M, V]."""
+        return self._model.logits(self._residuals(plan), _places(plan))
+
+    def _settle(self, rows: tuple[Row, ...], results: list[RowResult]) -> None:
+        """Move the KV of accepted nodes to the slots behind their rows' own tokens."""
+        sources: list[int] = []
+        destinations: list[int] = []
+        for row, result in zip(rows, results, strict=True):
+            end = row.start + len(row.token_ids)
+            for depth, node in enumerate(result.path):
+                # Nodes of a path rise and come after as many others: a source never lies in
+                # front of its destination.
+                if node != depth:
+                    sources.append(self._slot(row, end + node))
+                    destinations.append(self._slot(row, end + depth))
+        if sources:
+            move_kv(self._kv_PL2KTD, torch.tensor(sources), torch.tensor(destinations))
+
+    def _slot(self, row: Row, at: int) -> int:
+        size = self._block_size
+        return int(row.pages[at // size]) * size + at % size
 
     def _residuals(self, plan: StepPlan) -> torch.Tensor:
         """Compute the plan's rows; return the last layer's residuals, [N, E]."""
         rows = plan.rows
-        lengths_R = np.array([len(row.token_ids) for row in rows], dtype=np.int32)
-        cu_q = np.zeros(len(rows) + 1, dtype=np.int32)
-        np.cumsum(lengths_R, out=cu_q[1:])
+        lengths_R = np.array([row.num_tokens for row in rows], dtype=np.int32)
+        cu_q = _ends(lengths_R)
         starts_R = np.array([row.start for row in rows], dtype=np.int32)
-        tokens_N = np.concatenate([np.array(row.token_ids, dtype=np.int64) for row in rows])
-        positions_N = np.concatenate(
-            [np.arange(row.start, row.start + len(row.token_ids), dtype=np.int64) for row in rows]
+        tokens_N = np.concatenate(
+            [np.array(row.token_ids + row.tree.tokens, dtype=np.int64) for row in rows]
         )
+        # Where a token lies among the row's slots, which for nodes is not its position.
+        places_N = np.concatenate(
+            [np.arange(row.start, row.start + row.num_tokens, dtype=np.int64) for row in rows]
+        )
+        positions_N = places_N
         tables_RB = _block_tables(rows)
         row_of_N = np.repeat(np.arange(len(rows)), lengths_R)
-        pages_N = tables_RB[row_of_N, positions_N // self._block_size]
-        slots_N = pages_N.astype(np.int64) * self._block_size + positions_N % self._block_size
+        pages_N = tables_RB[row_of_N, places_N // self._block_size]
+        slots_N = pages_N.astype(np.int64) * self._block_size + places_N % self._block_size
+        trees = [() if row.tree.is_chain else _tail(row.tree) for row in rows]
+        cu_tree, parents = None, None
+        if any(trees):
+            positions_N = _positions(rows)
+            cu_tree = torch.from_numpy(_ends(np.array([len(t) for t in trees], dtype=np.int32)))
+            parents = torch.tensor([p for t in trees for p in t], dtype=torch.int32)
         attention = AttentionBatch(
             cu_q=torch.from_numpy(cu_q),
             kv_lens=torch.from_numpy(starts_R + lengths_R),
             block_tables=torch.from_numpy(tables_RB),
             block_size=self._block_size,
             max_q=int(lengths_R.max()),
-            tree_mask=None,
+            cu_tree=cu_tree,
+            tree_parents=parents,
         )
         return self._model.forward(
             torch.from_numpy(tokens_N),
@@ -123,18 +152,50 @@ def _zeros_on_huge_pages(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Te
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
-def _last_tokens(plan: StepPlan) -> torch.Tensor:
-    """Return the step's positions of the tokens to draw behind, [M]."""
-    ends_R = np.cumsum([len(row.token_ids) for row in plan.rows])
-    return torch.from_numpy(ends_R[[row.sample is not None for row in plan.rows]] - 1)
+def _ends(lengths: np.ndarray) -> np.ndarray:
+    """Return where runs of such lengths begin and end, laid behind each other."""
+    ends = np.zeros(len(lengths) + 1, dtype=np.int32)
+    np.cumsum(lengths, out=ends[1:])
+    return ends
+
+
+def _tail(tree: DraftTree) -> tuple[int, ...]:
+    """Return the parents of a row's last token and of the nodes under it, as attention counts."""
+    return (ROOT, *[parent + 1 for parent in tree.parents])
+
+
+def _positions(rows: tuple[Row, ...]) -> np.ndarray:
+    """Return each token's position in its sequence, int64 [N]."""
+    positions: list[int] = []
+    for row in rows:
+        end = row.start + len(row.token_ids)
+        positions += range(row.start, end)
+        positions += [end - 1 + depth for depth in row.tree.depths]
+    return np.array(positions, dtype=np.int64)
+
+
+def _places(plan: StepPlan) -> torch.Tensor:
+    """Return the step's indices of the tokens to draw behind, drafts included, [M]."""
+    places: list[int] = []
+    end = 0
+    for row in plan.rows:
+        end += row.num_tokens
+        if row.sample is not None:
+            places += range(end - len(row.tree) - 1, end)
+    return torch.tensor(places)
 
 
 def _rows_with_nan(plan: StepPlan, x_NE: torch.Tensor) -> set[int]:
+    """Name the rows of which a token is not finite; a draft's nodes are their own affair."""
     is_finite_N = x_NE.isfinite().all(dim=-1)
     if bool(is_finite_N.all()):
         return set()
-    per_row = is_finite_N.split([len(row.token_ids) for row in plan.rows])
-    return {i for i, is_finite in enumerate(per_row) if not bool(is_finite.all())}
+    per_row = is_finite_N.split([row.num_tokens for row in plan.rows])
+    return {
+        i
+        for i, (row, is_finite) in enumerate(zip(plan.rows, per_row, strict=True))
+        if not bool(is_finite[: len(row.token_ids)].all())
+    }
 
 
 def _block_tables(rows: tuple[Row, ...]) -> np.ndarray:

@@ -11,7 +11,9 @@ engine.py and admission.py call this file and perform what it decides.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Protocol
 
 from paceline.domain.cost import StepShape
 from paceline.domain.request import FinishReason
@@ -21,6 +23,8 @@ from paceline.engine.integrity import check_queues
 from paceline.engine.page_table import PageTable
 from paceline.engine.request import Phase, Sequence
 from paceline.engine.rows import build_row
+from paceline.engine.spec.drafter import NO_NEEDS, DrafterNeeds
+from paceline.engine.spec.tree import EMPTY_TREE, DraftTree
 from paceline.engine.step import SampledToken, StepPlan, StepResult
 
 _Chosen = dict[int, tuple[Sequence, int]]
@@ -28,6 +32,32 @@ _Chosen = dict[int, tuple[Sequence, int]]
 CHUNK_UNIT = 8
 """Prompt tokens by which a chunk beside decoding rows grows, and its least. Where arithmetic is
 slow for its memory, 16 tokens more take as long as 8 decoding rows do alone."""
+
+
+Advance = tuple[Sequence, tuple[SampledToken, ...]]
+"""A sequence that was computed, and its new tokens."""
+
+
+class DraftSource(Protocol):
+    """Whoever proposes tokens for a step; spec/speculator.py is the implementation."""
+
+    @property
+    def needs(self) -> DrafterNeeds:
+        """What must be found out about the rows that are drawn from."""
+        ...
+
+    def draft(
+        self,
+        sequences: list[Sequence],
+        step: StepShape,
+        reserve: Callable[[Sequence, int], int],
+    ) -> Mapping[int, DraftTree]:
+        """Return drafts by sequence id for some of the sequences that decode in a step.
+
+        `reserve(sequence, n)` takes pages for up to n nodes and returns how many fit; a tree
+        may have no more.
+        """
+        ...
 
 
 class Scheduler:
@@ -160,7 +190,9 @@ class Scheduler:
 
     # -- one step -------------------------------------------------------------------------
 
-    def plan(self, reclaim: Callable[[], bool]) -> StepPlan | None:
+    def plan(
+        self, reclaim: Callable[[], bool], drafts: DraftSource | None = None
+    ) -> StepPlan | None:
         """Choose the rows of the next step, or None when nothing can run.
 
         `reclaim` is called when the pool is dry, before anybody is preempted: it gives a page
@@ -176,21 +208,26 @@ class Scheduler:
             self._choose_chunks(computing, chosen, reclaim)
         if not chosen:
             return None
+        trees: Mapping[int, DraftTree] = {}
+        if drafts is not None and decoding:
+            decoding = [s for s in decoding if s.id in chosen and not s.is_leader]
+            trees = drafts.draft(decoding, _shape(chosen), self._reserve)
         copies = [s.pending_copy for s, _ in chosen.values() if s.pending_copy is not None]
-        return StepPlan(tuple([build_row(s, n) for s, n in chosen.values()]), tuple(copies))
+        rows = [build_row(s, n, trees.get(s.id, EMPTY_TREE)) for s, n in chosen.values()]
+        wanted = NO_NEEDS if drafts is None else drafts.needs
+        return StepPlan(tuple(rows), tuple(copies), wanted)
 
-    def commit(
-        self, plan: StepPlan, result: StepResult
-    ) -> tuple[list[tuple[Sequence, SampledToken | None]], list[Sequence]]:
-        """Book a step: return who advanced, with the token drawn if any, and who failed.
+    def commit(self, plan: StepPlan, result: StepResult) -> tuple[list[Advance], list[Sequence]]:
+        """Book a step: return who advanced, with the tokens taken, and who failed.
 
-        Failed sequences stay as they were before the step; the caller ends them.
+        Of an accepted draft only what comes in front of the sequence's end is taken. Failed
+        sequences stay as they were before the step; the caller ends them.
         """
         by_id, block_size = {s.id: s for s in self.running}, self.block_size
         self._num_steps += 1
-        advanced: list[tuple[Sequence, SampledToken | None]] = []
+        advanced: list[Advance] = []
         failed: list[Sequence] = []
-        for i, (row, sampled) in enumerate(zip(plan.rows, result.sampled, strict=True)):
+        for i, (row, brought) in enumerate(zip(plan.rows, result.rows, strict=True)):
             sequence = by_id[row.sequence_id]
             if i in result.failed_rows:
                 failed.append(sequence)
@@ -198,15 +235,25 @@ class Scheduler:
             if sequence.pending_copy is not None:
                 self.pool.free(sequence.pending_copy[:1])
                 sequence.pending_copy = None
-            sequence.num_computed += len(row.token_ids)
+            taken = self._take(sequence, brought.tokens)
+            computed = sequence.num_computed + len(row.token_ids) + len(brought.path)
+            sequence.num_computed = min(computed, len(sequence.token_ids))
             if sequence.num_computed >= (sequence.num_registered + 1) * block_size:
                 self._register_full_blocks(sequence)
-            if sampled is not None:
-                sequence.token_ids.append(sampled.token_id)
-                if sequence.streams_since is None:
-                    sequence.streams_since = self._num_steps
-            advanced.append((sequence, sampled))
+            if taken and sequence.streams_since is None:
+                sequence.streams_since = self._num_steps
+            advanced.append((sequence, taken))
         return advanced, failed
+
+    def _take(
+        self, sequence: Sequence, tokens: tuple[SampledToken, ...]
+    ) -> tuple[SampledToken, ...]:
+        """Append tokens until the sequence ends; return those that were taken."""
+        for count, token in enumerate(tokens, 1):
+            sequence.token_ids.append(token.token_id)
+            if count < len(tokens) and self.finish_reason(sequence) is not None:
+                return tokens[:count]
+        return tokens
 
     def finish_reason(self, sequence: Sequence) -> FinishReason | None:
         """Tell whether the sequence ends with the tokens it has."""
@@ -245,12 +292,40 @@ class Scheduler:
             page = self.pool.allocate()
             if page is not None:
                 sequence.pages.append(page)
-            elif not reclaim() and not self._preempt_after(sequence, chosen):
+            elif not (
+                reclaim()
+                or self._take_back_spare(sequence, chosen)
+                or self._preempt_after(sequence, chosen)
+            ):
                 count = max(0, len(sequence.pages) * self.block_size - sequence.num_computed)
                 break
         if count > 0:
             chosen[sequence.id] = (sequence, count)
         return count
+
+    def _reserve(self, sequence: Sequence, num_nodes: int) -> int:
+        """Take pages for a draft behind a decoding row, as far as nobody else needs them.
+
+        Returns how many nodes fit.
+        """
+        needed = sequence.num_computed + 1
+        while len(sequence.pages) * self.block_size < needed + num_nodes:
+            # Every running sequence keeps a page to go on with.
+            page = self.pool.allocate() if self.pool.num_available > len(self.running) else None
+            if page is None:
+                break
+            sequence.pages.append(page)
+        return min(num_nodes, len(sequence.pages) * self.block_size - needed)
+
+    def _take_back_spare(self, taker: Sequence, chosen: _Chosen) -> bool:
+        """Free a page that another one took for drafts and that holds nothing, if there is one."""
+        for sequence in self.running:
+            _, count = chosen.get(sequence.id, (sequence, 1))
+            needed = -(-(sequence.num_computed + count) // self.block_size)
+            if sequence is not taker and len(sequence.pages) > needed:
+                self.pool.free([sequence.pages.pop()])
+                return True
+        return False
 
     def _choose_chunks(
         self, computing: list[Sequence], chosen: _Chosen, reclaim: Callable[[], bool]
@@ -319,3 +394,15 @@ class Scheduler:
     def _num_missing(self, sequence: Sequence) -> int:
         """Count the pages that a sequence will need for its target and has not."""
         return max(0, -(-sequence.target // self.block_size) - len(sequence.pages))
+
+
+def _shape(chosen: _Chosen) -> StepShape:
+    """Return what a step computes, drafts aside."""
+    shape = StepShape()
+    for sequence, count in chosen.values():
+        start = sequence.num_computed
+        if sequence.num_remaining == 1:
+            shape = replace(shape, rows=shape.rows + 1, attended=shape.attended + start + 1)
+        else:
+            shape = shape.with_chunk(count, start)
+    return shape

@@ -9,7 +9,7 @@ or too late changes the tokens, and `expected_tokens` says what they must be.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import xxhash
@@ -19,7 +19,8 @@ from paceline.engine.blocks import BlockPool
 from paceline.engine.chunking import StepPace
 from paceline.engine.engine import Engine
 from paceline.engine.scheduler import Scheduler
-from paceline.engine.step import Row, SampledToken, StepPlan, StepResult
+from paceline.engine.spec.verify import verify_coupled
+from paceline.engine.step import NOTHING, Row, RowResult, SampledToken, StepPlan, StepResult
 
 VOCAB = 50
 EOS = 7
@@ -57,23 +58,40 @@ class FakeRunner:
             self._entries[destination] = self._entries[source]
         for row in plan.rows:
             self._compute(row)
-        sampled = tuple(
-            self._draw(row) if row.sample is not None and i not in failed else None
+        results = tuple(
+            self._draw(row) if row.sample is not None and i not in failed else NOTHING
             for i, row in enumerate(plan.rows)
         )
         if failed:
-            return StepResult(sampled, 0.001, failed_rows=failed)
-        return StepResult(sampled, 0.001)
+            return StepResult(results, 0.001, failed_rows=failed)
+        return StepResult(results, 0.001)
 
     def _compute(self, row: Row) -> None:
         for position, token in enumerate(row.token_ids, row.start):
             before = self._at(row, position - 1)[1] if position else 0
             self._at(row, position)[:] = token, _chain(int(before), token)
+        end = row.start + len(row.token_ids)
+        for node, (token, parent) in enumerate(zip(row.tree.tokens, row.tree.parents, strict=True)):
+            # The root lies in front of the first node.
+            before = self._at(row, end + parent)[1]
+            self._at(row, end + node)[:] = token, _chain(int(before), token)
 
-    def _draw(self, row: Row) -> SampledToken:
+    def _draw(self, row: Row) -> RowResult:
+        end = row.start + len(row.token_ids)
+        drawn = [self._draw_behind(row, range(end))]
+        for node in range(len(row.tree)):
+            path = [end + i for i in row.tree.path_to(node)]
+            drawn.append(self._draw_behind(row, [*range(end), *path]))
+        verdict = verify_coupled(row.tree, drawn)
+        for depth, node in enumerate(verdict.path):
+            self._at(row, end + depth)[:] = self._at(row, end + node)
+        tokens = [row.tree.tokens[node] for node in verdict.path] + [verdict.token]
+        return RowResult(tuple(map(SampledToken, tokens)), verdict.path)
+
+    def _draw_behind(self, row: Row, places: Iterable[int]) -> int:
         assert row.sample is not None
-        context = [tuple(self._at(row, i)) for i in range(row.start + len(row.token_ids))]
-        return SampledToken(_next_token(context, row.sample.sampling.seed, row.sample.stream))
+        context = [tuple(self._at(row, i)) for i in places]
+        return _next_token(context, row.sample.sampling.seed, row.sample.stream)
 
     def _at(self, row: Row, position: int) -> np.ndarray:
         page = row.pages[position // self._block_size]

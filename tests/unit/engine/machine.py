@@ -7,7 +7,7 @@ import random
 
 from paceline.domain.cost import StepCost, StepShape
 from paceline.engine.probe import StepTimer
-from paceline.engine.step import StepPlan, StepResult
+from paceline.engine.step import NOTHING, StepPlan, StepResult
 
 
 class Machine:
@@ -25,7 +25,7 @@ class Machine:
         # Noise only ever makes a step longer.
         factor = 1 + self._rng.uniform(0, self._noise)
         elapsed_s = self.cost.step_s(shape_of(plan)) * factor
-        return StepResult((None,) * len(plan.rows), elapsed_s)
+        return StepResult((NOTHING,) * len(plan.rows), elapsed_s)
 
     def write_page(self, page: int, data: memoryview) -> None:
         assert len(data) == self.page_bytes
@@ -41,7 +41,12 @@ class Machine:
 def shape_of(plan: StepPlan) -> StepShape:
     """What a plan computes, read off its rows."""
     decoding = [row for row in plan.rows if row.sample is not None]
-    shape = StepShape(rows=len(decoding), attended=sum(row.start + 1 for row in decoding))
+    shape = StepShape(
+        rows=len(decoding),
+        tree_nodes=sum(len(row.tree) for row in decoding),
+        attended=sum(row.start + 1 for row in decoding),
+        tree_attended=sum(len(row.tree) * (row.start + 1) for row in decoding),
+    )
     for row in plan.rows:
         if row.sample is None:
             shape = shape.with_chunk(len(row.token_ids), row.start)

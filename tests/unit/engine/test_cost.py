@@ -34,6 +34,8 @@ STREAMING = StepCost(
         prefill_row_s=2e-4,
         prefill_read_s=1e-7,
         prefill_context_s=4e-8,
+        nodes=Curve((0, 8, 32), (0.0, 3e-4, 4e-3)),
+        node_context_s=3e-8,
     ),
 )
 """A machine that streams weights, with KV that is in a cache at first."""
@@ -78,7 +80,7 @@ def test_more_work_is_never_predicted_to_be_faster(seed: int) -> None:
     for _ in range(500):
         shape = StepShape(rows=rng.randint(0, 40), attended=rng.randint(0, 90_000))
         shape = shape.with_chunk(rng.randint(0, 600), rng.randint(0, 3000))
-        field = rng.choice(["rows", "tree_nodes", "attended", "prefill_tokens"])
+        field = rng.choice(["rows", "tree_nodes", "attended", "tree_attended", "prefill_tokens"])
         more = replace(shape, **{field: getattr(shape, field) + rng.randint(1, 50)})
         assert fitted.step_s(more) >= fitted.step_s(shape) >= 0
 

@@ -12,6 +12,7 @@ from paceline.cli.bench.chunking import chunking
 from paceline.cli.bench.cost import cost
 from paceline.cli.bench.engine import engine
 from paceline.cli.bench.roofline import roofline
+from paceline.cli.bench.spec import spec
 
 bench = typer.Typer(
     name="bench",
@@ -22,5 +23,6 @@ bench.command()(engine)
 bench.command()(cost)
 bench.command()(chunking)
 bench.command()(roofline)
+bench.command()(spec)
 
 __all__ = ["bench"]

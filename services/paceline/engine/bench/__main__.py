@@ -8,25 +8,26 @@ import sys
 
 from paceline.domain.errors import PacelineError
 from paceline.engine.bench.neighbours import Neighbours
-from paceline.engine.bench.options import BenchOptions
+from paceline.engine.bench.options import BenchOptions, SpecOptions
 
-_BENCHES = {
-    "engine": ("generation", "bench_generation"),
-    "cost": ("cost", "bench_cost"),
-    "chunking": ("chunking", "bench_chunking"),
-    "roofline": ("roofline", "bench_roofline"),
+_BENCHES: dict[str, tuple[str, str, type[BenchOptions]]] = {
+    "engine": ("generation", "bench_generation", BenchOptions),
+    "cost": ("cost", "bench_cost", BenchOptions),
+    "chunking": ("chunking", "bench_chunking", BenchOptions),
+    "roofline": ("roofline", "bench_roofline", BenchOptions),
+    "spec": ("spec", "bench_spec", SpecOptions),
 }
-"""Name of a bench to module and function; imported when asked for."""
+"""Name of a bench to module, function and options; imported when asked for."""
 
 
 def main(argv: list[str]) -> int:
     """Run a bench; return the exit code."""
     name, options = argv
-    module, function = _BENCHES[name]
+    module, function, kind = _BENCHES[name]
     bench = getattr(importlib.import_module(f"paceline.engine.bench.{module}"), function)
     neighbours = Neighbours()
     try:
-        report = bench(BenchOptions.from_json(options))
+        report = bench(kind.from_json(options))
     except (PacelineError, ValueError, OSError) as error:
         print(f"paceline bench {name}: {error}", file=sys.stderr, flush=True)
         return 1

@@ -18,6 +18,7 @@ from paceline.engine.probe import ProbeStep, StepTimer
 
 _NUM_STEPS = 48
 _MAX_ROWS = 32
+_MAX_NODES = 64
 _MAX_CONTEXT = 2000
 _CHUNKS = (16, 512)
 _POOL_MB = 512
@@ -82,7 +83,10 @@ def held_out_steps(seed: int, count: int, max_context_tokens: int) -> list[Probe
         low, high = _CHUNKS
         tokens = min(int(low * (high / low) ** rng.random()), longest)
         chunk = (tokens, rng.randint(0, longest - tokens))
-        steps.append(ProbeStep(starts, (chunk,) if has_chunk else ()))
+        # Every other step that decodes has drafts, of a size that would be chosen.
+        most = min(_MAX_NODES // max(1, rows), 16, longest - max(starts, default=0))
+        nodes = rng.randint(0, max(0, most)) if i % 2 else 0
+        steps.append(ProbeStep(starts, (chunk,) if has_chunk else (), nodes))
     return steps
 
 

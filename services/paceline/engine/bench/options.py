@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from typing import Self
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,35 @@ class BenchOptions:
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, text: str) -> BenchOptions:
+    def from_json(cls, text: str) -> Self:
         """Read what `to_json` wrote."""
         return cls(**json.loads(text))
+
+
+@dataclass(frozen=True, slots=True)
+class SpecOptions(BenchOptions):
+    """Options of `paceline bench spec`."""
+
+    prompts: str = ""
+    """File with a JSON list of {"token_ids": [...], "domain": "..."}."""
+    drafter: str = "auto"
+    """A drafter, "auto" or "off"."""
+    draft: str | None = None
+    """Directory of the draft model."""
+    medusa: str | None = None
+    """Directory of Medusa heads."""
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_tokens: int = 128
+    """Generated for each prompt at most."""
+    ignore_eos: bool = False
+    deepen: int = 0
+    """Identity layers added to the model."""
+    nodes: int = 16
+    """Most draft tokens of a sequence in one step."""
+    depth: int = 8
+    """Longest path of a draft."""
+    builder: str = "dynamic"
+    verifier: str = "coupled"
+    rounds: int = 3
+    """Times that both ways run."""

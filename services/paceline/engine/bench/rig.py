@@ -69,10 +69,14 @@ def build_rig(
             mixed_step_ratio=mixed_step_ratio or defaults.mixed_step_ratio,
         )
     )
-    # As in a worker: the collector need not look at what lives as long as the process.
+    warm_collector()
+    return Rig(engine, card)
+
+
+def warm_collector() -> None:
+    """Spare the collector, as a worker does, what lives as long as the process."""
     gc.collect()
     gc.freeze()
-    return Rig(engine, card)
 
 
 def random_prompts(

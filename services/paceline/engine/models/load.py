@@ -12,6 +12,7 @@ from paceline.engine import kernels
 from paceline.engine.kernels import AttentionBatch
 from paceline.engine.models.config import ModelConfig
 from paceline.engine.models.decoder import DecoderModel
+from paceline.engine.models.deepen import deepen_tensors
 from paceline.engine.models.fused import FusedModel
 from paceline.engine.models.row_by_row import RowByRowModel
 from paceline.engine.weights import load_tensors
@@ -56,6 +57,8 @@ class ModelOptions:
     threads: int
     batch_invariant: bool = False
     """The numbers of a row do not depend on its batch; the C++ decoder's never do."""
+    extra_layers: int = 0
+    """Layers of the configuration that the checkpoint does not have: identities (deepen.py)."""
 
 
 def load_model(directory: Path, config: ModelConfig, options: ModelOptions) -> Model:
@@ -65,6 +68,9 @@ def load_model(directory: Path, config: ModelConfig, options: ModelOptions) -> M
         UnsupportedModelError: a tensor is missing, unknown, or of another shape or kind.
     """
     tensors = load_tensors(directory)
+    if options.extra_layers:
+        num_own = config.num_layers - options.extra_layers
+        tensors = deepen_tensors(tensors, num_own, options.extra_layers)
     # What torch is left with is small; a second team of threads would spin beside the first.
     torch.set_num_threads(1 if kernels.has_cpp_kernels() else options.threads)
     if kernels.has_cpp_kernels():

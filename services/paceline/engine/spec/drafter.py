@@ -78,6 +78,9 @@ class DrafterNeeds:
     """The final hidden state."""
 
 
+NO_NEEDS = DrafterNeeds()
+
+
 class Drafter(Protocol):
     """Proposes tokens. Called by one thread, between two steps of the engine."""
 
