@@ -21,6 +21,14 @@ class AttentionBatch:
     Row r has queries [cu_q[r], cu_q[r+1]) and a context of kv_lens[r] tokens, its own included:
 
         context   [0 ........ kv_len - q_len | ... q_len tokens of this step]
+
+    The last t tokens of a row's context, its tail, may form a tree (Miao et al. 2023, SpecInfer,
+    section 4.2). What of it is older than the step lies in its slots already:
+
+        context   [0 ........ kv_len - t | ... t - q_len ... | ... q_len tokens of this step]
+
+    A query sees what is in front of the tail, its ancestors and itself. The position of a token
+    of the tail is (kv_len - t) + its depth, 0 for those without a parent; windows count positions.
     """
 
     cu_q: torch.Tensor
@@ -31,11 +39,31 @@ class AttentionBatch:
     """[R, B] int32 page numbers; entries behind the context are ignored."""
     block_size: int
     max_q: int
-    tree_mask: torch.Tensor | None = None
-    """Flat bool, q_len*q_len entries per row, row-major: query may see the step's token.
+    cu_tree: torch.Tensor | None = None
+    """[R+1] int32, on the CPU: t = cu_tree[r+1] - cu_tree[r] is 0 where the row is plainly causal,
+    else q_len <= t <= kv_len. None: no row has a tree."""
+    tree_parents: torch.Tensor | None = None
+    """[cu_tree[R]] int32, on the CPU: index within the tail of a token's parent, which is less
+    than its own, or -1 where it hangs under the last token in front of the tail."""
 
-    A token sees itself and its ancestors; their number is its position behind the context.
-    """
+    def tail(self, row: int) -> list[int]:
+        """Return the parents of a row's tail; empty where the row is plainly causal."""
+        if self.cu_tree is None or self.tree_parents is None:
+            return []
+        begin, end = self.cu_tree[row : row + 2].tolist()
+        parents: list[int] = self.tree_parents[begin:end].tolist()
+        return parents
+
+
+def tree_of(parents: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the depth of each token of a tail, [t], and whom it sees in it, bool [t, t]."""
+    depth_T = torch.zeros(len(parents), dtype=torch.int64)
+    seen_TT = torch.eye(len(parents), dtype=torch.bool)
+    for token, parent in enumerate(parents):
+        if parent >= 0:
+            depth_T[token] = depth_T[parent] + 1
+            seen_TT[token] |= seen_TT[parent]
+    return depth_T, seen_TT
 
 
 def rms_norm(x_ND: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
@@ -69,6 +97,22 @@ def write_kv(
     pages_N, offsets_N = slots_N // block_size, slots_N % block_size
     kv_P2KTD[pages_N, 0, :, offsets_N] = k_NKD
     kv_P2KTD[pages_N, 1, :, offsets_N] = v_NKD
+
+
+def move_kv(
+    kv_PL2KTD: torch.Tensor, from_slots_N: torch.Tensor, to_slots_N: torch.Tensor
+) -> None:
+    """Move the KV of some tokens, of all layers, to other slots (page * T + offset, int64).
+
+    As if one after the other: no slot may be written that a later move reads, which holds for
+    accepted tokens of a tree as they move forwards in ascending order.
+    """
+    block_size = kv_PL2KTD.shape[4]
+    for source, target in zip(from_slots_N.tolist(), to_slots_N.tolist(), strict=True):
+        if source != target:
+            kv_PL2KTD[target // block_size, :, :, :, target % block_size] = kv_PL2KTD[
+                source // block_size, :, :, :, source % block_size
+            ]
 
 
 @dataclass(frozen=True)
@@ -130,7 +174,7 @@ def paged_attention(
     *,
     window: int | None = None,
 ) -> torch.Tensor:
-    """Attend each query to its row's context, causally or by the tree mask.
+    """Attend each query to its row's context, causally or by its tail's tree.
 
     With `window`, a query at position i sees positions [i - window + 1, i]. Pages may hold
     anything behind the context, NaN included. Returns [N, H, D].
@@ -138,19 +182,15 @@ def paged_attention(
     out_NHD = torch.empty_like(q_NHD)
     starts = batch.cu_q.tolist()
     q_lens = [end - start for start, end in pairwise(starts)]
-    singles = [r for r, q_len in enumerate(q_lens) if q_len == 1]
+    tails = [batch.tail(r) for r in range(len(q_lens))]
+    # Alone in its tail, a token is a token like any other.
+    singles = [r for r, q_len in enumerate(q_lens) if q_len == 1 and len(tails[r]) <= 1]
     if singles:
         at = torch.tensor([starts[r] for r in singles])
         out_NHD[at] = _decode_rows(q_NHD[at], kv_P2KTD, batch, torch.tensor(singles), scale, window)
-    mask_at = 0
-    for r, q_len in enumerate(q_lens):
-        tree_mask = None
-        if batch.tree_mask is not None:
-            tree_mask = batch.tree_mask[mask_at : mask_at + q_len * q_len].view(q_len, q_len)
-            mask_at += q_len * q_len
-        if q_len > 1:
-            rows = slice(starts[r], starts[r + 1])
-            out_NHD[rows] = _long_row(q_NHD[rows], kv_P2KTD, batch, r, scale, window, tree_mask)
+    for r in sorted(set(range(len(q_lens))) - set(singles)):
+        rows = slice(starts[r], starts[r + 1])
+        out_NHD[rows] = _long_row(q_NHD[rows], kv_P2KTD, batch, r, scale, window, tails[r])
     return out_NHD
 
 
@@ -194,20 +234,20 @@ def _long_row(
     row: int,
     scale: float,
     window: int | None,
-    tree_mask_QQ: torch.Tensor | None,
+    tail: list[int],
 ) -> torch.Tensor:
-    """Attend several queries of one row to its gathered context."""
+    """Attend several queries of one row, or some of its tail, to its gathered context."""
     kv_len, q_len = int(batch.kv_lens[row]), q_QHD.shape[0]
     pages_B = batch.block_tables[row, : -(-kv_len // batch.block_size)].long()
     k_KCD, v_KCD = kv_P2KTD[pages_B].permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :kv_len].unbind(0)
-    num_before = kv_len - q_len
+    num_before, tail_at = kv_len - q_len, kv_len - len(tail)
     at_C = torch.arange(kv_len)
-    if tree_mask_QQ is not None:
-        at_C[num_before:] = num_before + tree_mask_QQ.sum(dim=1) - 1
+    depth_T, seen_TT = tree_of(tail)
+    at_C[tail_at:] = tail_at + depth_T
     at_Q = at_C[num_before:, None]
     seen_QC = at_C <= at_Q
-    if tree_mask_QQ is not None:
-        seen_QC[:, num_before:] = tree_mask_QQ
+    if tail:
+        seen_QC[:, tail_at:] = seen_TT[-q_len:]
     if window is not None:
         seen_QC &= at_C > at_Q - window
     out_1HQD = F.scaled_dot_product_attention(

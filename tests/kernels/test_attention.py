@@ -37,10 +37,13 @@ def make_case(
     block_size: int,
     dtype: torch.dtype,
     junk: float = float("nan"),
-    tree_masks: list[torch.Tensor] | None = None,
+    tails: list[list[int]] | None = None,
     seed: int = 0,
 ) -> Case:
-    """Scatter rows of (context before, new tokens) over shuffled pages; the rest is junk."""
+    """Scatter rows of (context before, new tokens) over shuffled pages; the rest is junk.
+
+    `tails` are the parents of each row's tail; empty where it has none.
+    """
     generator = torch.Generator().manual_seed(seed)
     num_blocks = [-(-(before + new) // block_size) for before, new in lengths]
     num_pages = sum(num_blocks) + 3
@@ -69,29 +72,53 @@ def make_case(
         block_tables=tables,
         block_size=block_size,
         max_q=max(q_lens),
-        tree_mask=None if tree_masks is None else torch.cat([m.flatten() for m in tree_masks]),
+        **{} if tails is None else tree_fields(tails),
     )
     return Case(q, layer, batch, rows, q_lens)
 
 
+def tree_fields(tails: list[list[int]]) -> dict[str, torch.Tensor]:
+    """Return the tails as a batch has them."""
+    lengths = torch.tensor([0, *map(len, tails)])
+    return {
+        "cu_tree": lengths.cumsum(0).int(),
+        "tree_parents": torch.tensor([p for tail in tails for p in tail], dtype=torch.int32),
+    }
+
+
+def path_to(node: int, parents: list[int]) -> list[int]:
+    """Return a node and its ancestors, the oldest first."""
+    path = []
+    while node >= 0:
+        path.append(node)
+        node = parents[node]
+    return path[::-1]
+
+
+def explicit_mask(
+    kv_len: int, q_len: int, window: int | None, parents: list[int]
+) -> torch.Tensor:
+    """Say for every query and token of the context whether one sees the other, [Q, C]."""
+    begin = kv_len - len(parents)
+    seen = torch.zeros(q_len, kv_len, dtype=torch.bool)
+    for query in range(q_len):
+        at = kv_len - q_len + query
+        if parents:
+            tokens = [*range(begin), *(begin + node for node in path_to(at - begin, parents))]
+        else:
+            tokens = list(range(at + 1))
+        # Whatever a query sees lies on one line: its place there is its position.
+        seen[query, tokens if window is None else tokens[-window:]] = True
+    return seen
+
+
 def reference(
-    case: Case, window: int | None = None, tree_masks: list[torch.Tensor] | None = None
+    case: Case, window: int | None = None, tails: list[list[int]] | None = None
 ) -> torch.Tensor:
     """Row by row with torch's attention in float64 over repeated heads."""
     outputs = []
     for r, ((k, v), q) in enumerate(zip(case.rows, case.q_NHD.split(case.q_lens), strict=True)):
-        new, length = len(q), k.shape[1]
-        before = length - new
-        positions = torch.arange(length)
-        if tree_masks is not None:
-            depth = tree_masks[r].sum(dim=1) - 1
-            positions[before:] = before + depth
-        at = positions[before:, None]
-        seen = positions[None] <= at
-        if tree_masks is not None:
-            seen[:, before:] = tree_masks[r]
-        if window is not None:
-            seen &= positions[None] > at - window
+        seen = explicit_mask(k.shape[1], len(q), window, [] if tails is None else tails[r])
         repeat = q.shape[1] // k.shape[0]
         out = F.scaled_dot_product_attention(
             q.transpose(0, 1).double(),
@@ -104,11 +131,11 @@ def reference(
 
 
 def assert_equal_to_reference(
-    case: Case, window: int | None = None, tree_masks: list[torch.Tensor] | None = None
+    case: Case, window: int | None = None, tails: list[list[int]] | None = None
 ) -> None:
     scale = case.q_NHD.shape[-1] ** -0.5
     ours = paged_attention(case.q_NHD, case.pool, case.batch, scale, window=window)
-    expected = reference(case, window, tree_masks)
+    expected = reference(case, window, tails)
     assert ours.dtype == case.q_NHD.dtype
     tolerance = TOLERANCE[case.q_NHD.dtype]
     torch.testing.assert_close(ours.double(), expected, rtol=tolerance, atol=tolerance)
@@ -140,68 +167,68 @@ def test_batches_of_one_kind(lengths: list[tuple[int, int]]) -> None:
     assert_equal_to_reference(case)
 
 
-def random_tree(size: int, rng: random.Random) -> torch.Tensor:
-    """The mask of a random tree: every node sees itself and its ancestors."""
-    mask = torch.eye(size, dtype=torch.bool)
-    for node in range(1, size):
-        mask[node] |= mask[rng.randrange(node)]
-    return mask
+def random_tree(size: int, rng: random.Random) -> list[int]:
+    """Return parents: bushy and thin trees, and several side by side."""
+    reach = rng.choice([1, 2, 4, size])
+    return [rng.randrange(max(-1, node - reach), node) for node in range(size)]
+
+
+def random_tails(lengths: list[tuple[int, int]], rng: random.Random) -> list[list[int]]:
+    """Return a tail for each row: none, the step's tokens, or some in front of them as well."""
+    tails = []
+    for before, new in lengths:
+        size = rng.choice([0, new, new + rng.randint(0, min(before, 12)), new + before])
+        tails.append(random_tree(size if size < 100 else new, rng))
+    return tails
 
 
 @DTYPES
 @pytest.mark.parametrize("window", [None, 1, 3, 12])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(6))
 def test_trees(dtype: torch.dtype, window: int | None, seed: int) -> None:
     rng = random.Random(seed)
     lengths = [(rng.randrange(40), rng.choice([1, 2, 9, 20])) for _ in range(6)]
-    masks = [random_tree(new, rng) for _, new in lengths]
+    tails = random_tails(lengths, rng)
     case = make_case(
-        lengths,
+        lengths, heads=4, kv_heads=2, size=16, block_size=4, dtype=dtype, tails=tails, seed=seed
+    )
+    assert_equal_to_reference(case, window, tails)
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, 9])
+def test_a_node_attends_as_its_path_would_as_a_sequence(window: int | None) -> None:
+    rng = random.Random(7)
+    tail = random_tree(14, rng)
+    case = make_case(
+        [(20, 9)],
         heads=4,
         kv_heads=2,
         size=16,
         block_size=4,
-        dtype=dtype,
-        tree_masks=masks,
-        seed=seed,
-    )
-    assert_equal_to_reference(case, window, masks)
-
-
-def test_masks_that_are_no_trees() -> None:
-    """Any mask whose nodes see themselves works where there is no window."""
-    generator = torch.Generator().manual_seed(3)
-    lengths = [(20, 8), (0, 5), (3, 11)]
-    masks = [
-        (torch.rand(n, n, generator=generator) < 0.4) | torch.eye(n, dtype=torch.bool)
-        for _, n in lengths
-    ]
-    case = make_case(
-        lengths,
-        heads=2,
-        kv_heads=2,
-        size=8,
-        block_size=4,
         dtype=torch.float32,
-        tree_masks=masks,
+        tails=[tail],
     )
-    scale = case.q_NHD.shape[-1] ** -0.5
-    ours = paged_attention(case.q_NHD, case.pool, case.batch, scale)
-    for r, q in enumerate(case.q_NHD.split(case.q_lens)):
-        k, v = case.rows[r]
-        before = lengths[r][0]
-        seen = torch.cat((torch.ones(len(q), before, dtype=torch.bool), masks[r]), dim=1)
-        out = F.scaled_dot_product_attention(q.transpose(0, 1), k, v, attn_mask=seen)
-        got = ours.split(case.q_lens)[r]
-        torch.testing.assert_close(got, out.transpose(0, 1), rtol=2e-6, atol=2e-6)
+    ours = paged_attention(case.q_NHD, case.pool, case.batch, 0.25, window=window)
+    ((k, v),) = case.rows
+    for query in range(9):
+        path = path_to(5 + query, tail)
+        line = [*range(29 - len(tail)), *(29 - len(tail) + node for node in path)]
+        if window is not None:
+            line = line[-window:]
+        out = F.scaled_dot_product_attention(
+            case.q_NHD[query, :, None],
+            k[:, line].repeat_interleave(2, 0),
+            v[:, line].repeat_interleave(2, 0),
+        )
+        torch.testing.assert_close(ours[query], out[:, 0], rtol=2e-6, atol=2e-6)
 
 
 def test_a_chain_as_a_tree_is_a_chunk() -> None:
-    lengths = [(13, 6), (0, 1), (5, 9)]
-    masks = [torch.ones(n, n, dtype=torch.bool).tril() for _, n in lengths]
+    lengths = [(13, 6), (0, 1), (5, 9), (30, 2), (9, 1)]
+    tails = [list(range(-1, new - 1)) for _, new in lengths[:3]] + [list(range(-1, 6)), []]
     shape = {"heads": 4, "kv_heads": 2, "size": 16, "block_size": 4, "dtype": torch.float32}
     plain = make_case(lengths, **shape)  # type: ignore[arg-type]
-    tree = make_case(lengths, **shape, tree_masks=masks)  # type: ignore[arg-type]
+    tree = make_case(lengths, **shape, tails=tails)  # type: ignore[arg-type]
     for window in (None, 4):
         a, b = (
             paged_attention(c.q_NHD, c.pool, c.batch, 0.25, window=window) for c in (plain, tree)

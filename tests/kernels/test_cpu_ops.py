@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from paceline_kernels import quantise_weight, reference
 from paceline_kernels.cpu import library
-from tests.kernels.test_attention import TOLERANCE, Case, make_case, random_tree
+from tests.kernels.test_attention import TOLERANCE, Case, make_case, random_tails
 from tests.kernels.test_attention import reference as torch_attention
 
 pytestmark = pytest.mark.skipif(
@@ -32,12 +32,12 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 
 
 def assert_attends(
-    case: Case, window: int | None = None, masks: list[torch.Tensor] | None = None
+    case: Case, window: int | None = None, tails: list[list[int]] | None = None
 ) -> None:
     scale = case.q_NHD.shape[-1] ** -0.5
     ours = ops.paged_attention(case.q_NHD, case.pool, case.batch, scale, window=window)
     tolerance = TOLERANCE[case.q_NHD.dtype]
-    expected = torch_attention(case, window, masks)
+    expected = torch_attention(case, window, tails)
     torch.testing.assert_close(ours.double(), expected, rtol=tolerance, atol=tolerance)
     apart = ops.paged_attention(
         case.q_NHD, case.pool, case.batch, scale, window=window, is_split=True
@@ -84,22 +84,38 @@ def test_any_batch(
     assert_attends(case, window)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     lengths=st.lists(st.tuples(st.integers(0, 300), st.integers(1, 24)), min_size=1, max_size=3),
+    group=st.sampled_from([1, 3, 4, 9]),
+    kv_heads=st.sampled_from([1, 2, 9]),
+    size=st.sampled_from([16, 24, 64]),
+    block_size=st.sampled_from([1, 5, 16, 32]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     window=st.none() | st.integers(1, 100),
     seed=st.integers(0, 1000),
 )
 def test_trees(
-    lengths: list[tuple[int, int]], dtype: torch.dtype, window: int | None, seed: int
+    lengths: list[tuple[int, int]],
+    group: int,
+    kv_heads: int,
+    size: int,
+    block_size: int,
+    dtype: torch.dtype,
+    window: int | None,
+    seed: int,
 ) -> None:
-    rng = random.Random(seed)
-    masks = [random_tree(new, rng) for _, new in lengths]
+    tails = random_tails(lengths, random.Random(seed))
     case = make_case(
-        lengths, heads=6, kv_heads=2, size=64, block_size=16, dtype=dtype, tree_masks=masks
+        lengths,
+        heads=group * kv_heads,
+        kv_heads=kv_heads,
+        size=size,
+        block_size=block_size,
+        dtype=dtype,
+        tails=tails,
     )
-    assert_attends(case, window, masks)
+    assert_attends(case, window, tails)
 
 
 @settings(max_examples=60, deadline=None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,8 +126,13 @@ class FusedDecoder:
         kv_PL2KTD: torch.Tensor,
         slots_N: torch.Tensor,
         attention: AttentionBatch,
+        skip: Sequence[tuple[bool, bool]] | None = None,
     ) -> torch.Tensor:
-        """Compute all tokens, store their KV, return the last layer's residuals, f32 [N, E]."""
+        """Compute all tokens, store their KV, return the last layer's residuals, f32 [N, E].
+
+        `skip` tells for each layer whether its attention and its MLP are left out: residuals
+        pass them by, and an attention that is left out stores no KV.
+        """
         out_NE = torch.empty(len(tokens_N), self._shape.hidden)
         kept: list[torch.Tensor] = []
         step = lib.Step(
@@ -137,6 +143,7 @@ class FusedDecoder:
             cos_sin_C2D.data_ptr(),
             kv_PL2KTD.data_ptr(),
             batch_pointers(attention, kept),
+            _flags(skip, self._shape.layers, kept),
         )
         self._lib.pl_decoder_forward(self._handle, step, out_NE.data_ptr())
         return out_NE
@@ -152,21 +159,31 @@ class FusedDecoder:
 
 def batch_pointers(batch: AttentionBatch, kept: list[torch.Tensor]) -> lib.Batch:
     """Describe a batch by pointers; `kept` holds what they point to."""
-    mask, offsets = None, None
-    if batch.tree_mask is not None:
-        lengths_R = batch.cu_q.diff().long()
-        offsets_R = torch.cumsum(lengths_R * lengths_R, 0) - lengths_R * lengths_R
-        kept += [batch.tree_mask.contiguous(), offsets_R]
-        mask, offsets = kept[-2].data_ptr(), offsets_R.data_ptr()
+    cu_tree, parents = None, None
+    if batch.cu_tree is not None and batch.tree_parents is not None:
+        kept += [batch.cu_tree.contiguous(), batch.tree_parents.contiguous()]
+        cu_tree, parents = kept[-2].data_ptr(), kept[-1].data_ptr()
     return lib.Batch(
         len(batch.kv_lens),
         batch.cu_q.data_ptr(),
         batch.kv_lens.data_ptr(),
         batch.block_tables.data_ptr(),
         batch.block_tables.shape[1],
-        mask,
-        offsets,
+        cu_tree,
+        parents,
     )
+
+
+def _flags(
+    skip: Sequence[tuple[bool, bool]] | None, layers: int, kept: list[torch.Tensor]
+) -> int | None:
+    """Point to what is left out; `kept` holds it."""
+    if skip is None:
+        return None
+    if len(skip) != layers:
+        raise ValueError(f"{len(skip)} entries of skip for {layers} layers")
+    kept.append(torch.tensor(skip, dtype=torch.uint8))
+    return kept[-1].data_ptr()
 
 
 def _is_mapped_file(address: int) -> bool:

@@ -18,7 +18,7 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 KERNELS_VARIABLE = "PACELINE_KERNELS"
-_INTERFACE = 2
+_INTERFACE = 3
 _PATH = Path(__file__).parent / "libpaceline_cpu.so"
 
 F32, BF16, I8, F16 = range(4)
@@ -64,7 +64,7 @@ class Batch(ctypes.Structure):
         ("rows", c_int),
         *((name, c_void_p) for name in ("cu_q", "kv_lens", "tables")),
         ("table_width", c_int),
-        *((name, c_void_p) for name in ("tree_mask", "mask_offsets")),
+        *((name, c_void_p) for name in ("cu_tree", "tree_parents")),
     ]
 
 
@@ -75,6 +75,7 @@ class Step(ctypes.Structure):
         ("tokens", c_int),
         *((name, c_void_p) for name in ("token_ids", "positions", "slots", "cos_sin", "kv")),
         ("batch", Batch),
+        ("skips", c_void_p),
     ]
 
 

@@ -6,6 +6,7 @@
 
 #include "rows.h"
 #include "simd.h"
+#include "tree.h"
 #include "types.h"
 
 namespace paceline {
@@ -39,7 +40,16 @@ struct Context {
   const Pages& pages;
   const Batch& batch;
   int row;
+  const Tree* tree;  // or null
 
+  int q_len() const { return batch.cu_q[row + 1] - batch.cu_q[row]; }
+  int kv_len() const { return batch.kv_lens[row]; }
+  int group() const { return shape.heads / shape.kv_heads; }
+  int query(int lane) const { return tree ? tree->queries[lane / group()] : lane % q_len(); }
+  int head(int lane) const { return tree ? lane % group() : lane / q_len(); }
+  int position(int lane) const {
+    return tree ? tree->begin + tree->depths[lane / group()] : kv_len() - q_len() + lane % q_len();
+  }
   int element() const { return bytes_of(shape.kv_type); }
   const uint8_t* token(int at, int kv_head, bool is_value) const {
     const int32_t page = batch.tables[int64_t(row) * batch.table_width + at / shape.block_size];
@@ -80,10 +90,30 @@ struct LaneTile {
 
 // Where a lane's head begins in a row of queries or of results.
 inline int64_t lane_offset(const Context& c, const LaneTile& tile, int i, ptrdiff_t stride) {
-  const AttentionShape& s = c.shape;
-  const int first = c.batch.cu_q[c.row], q_len = c.batch.cu_q[c.row + 1] - first;
-  const int lane = tile.lane + i, head = tile.kv_head * (s.heads / s.kv_heads) + lane / q_len;
-  return (first + lane % q_len) * stride + int64_t(head) * s.head_size;
+  const int lane = tile.lane + i, head = tile.kv_head * c.group() + c.head(lane);
+  return (c.batch.cu_q[c.row] + c.query(lane)) * stride + int64_t(head) * c.shape.head_size;
+}
+
+// A block of zeros in the thread's own copies.
+inline KvBlock empty_copy(const Context& c, AttentionScratch& scratch) {
+  KvBlock block;
+  block.key_stride = ptrdiff_t(padded_head(c.shape)) * c.element();
+  block.tokens = 0;
+  std::memset(scratch.key_copy.data(), 0, kKvBlock * block.key_stride);
+  std::memset(scratch.value_copy.data(), 0, kKvBlock * block.key_stride);
+  for (int t = 0; t < kKvBlock / 16; ++t) {
+    block.keys[t] = scratch.key_copy.data() + 16 * t * block.key_stride;
+    block.values[t] = scratch.value_copy.data() + 16 * t * block.key_stride;
+  }
+  return block;
+}
+
+// Puts the context's token at `from` to the copy's place `to`.
+inline void copy_token(const Context& c, int from, int kv_head, int to, AttentionScratch& scratch) {
+  const size_t bytes = size_t(c.shape.head_size) * c.element();
+  const size_t at = size_t(to) * padded_head(c.shape) * c.element();
+  std::memcpy(scratch.key_copy.data() + at, c.token(from, kv_head, false), bytes);
+  std::memcpy(scratch.value_copy.data() + at, c.token(from, kv_head, true), bytes);
 }
 
 // Makes 64 tokens from `begin` readable. Only what the context does not reach, and what a tile
@@ -92,30 +122,21 @@ inline int64_t lane_offset(const Context& c, const LaneTile& tile, int i, ptrdif
 inline KvBlock open_block(const Context& c, int begin, int kv_len, int kv_head,
                           AttentionScratch& scratch) {
   const AttentionShape& s = c.shape;
-  const int padded = padded_head(s), bytes = c.element();
+  const int tokens = kv_len - begin < kKvBlock ? kv_len - begin : kKvBlock;
+  const bool is_whole = s.block_size % 16 == 0 && tokens == kKvBlock;
   KvBlock block;
-  block.tokens = kv_len - begin < kKvBlock ? kv_len - begin : kKvBlock;
-  const bool is_whole = s.block_size % 16 == 0 && block.tokens == kKvBlock;
-  const bool in_place = is_whole && s.head_size == padded;
-  block.key_stride = ptrdiff_t(in_place ? s.head_size : padded) * bytes;
-  if (in_place) {
+  if (is_whole && s.head_size == padded_head(s)) {
+    block.key_stride = ptrdiff_t(s.head_size) * c.element();
+    block.tokens = tokens;
     for (int t = 0; t < kKvBlock / 16; ++t) {
       block.keys[t] = c.token(begin + 16 * t, kv_head, false);
       block.values[t] = c.token(begin + 16 * t, kv_head, true);
     }
-  } else {
-    for (auto [copy, is_value] : {std::pair{&scratch.key_copy, false}, {&scratch.value_copy, true}}) {
-      std::memset(copy->data(), 0, size_t(kKvBlock) * padded * bytes);
-      for (int t = 0; t < block.tokens; ++t) {
-        std::memcpy(copy->data() + t * padded * bytes, c.token(begin + t, kv_head, is_value),
-                    s.head_size * bytes);
-      }
-    }
-    for (int t = 0; t < kKvBlock / 16; ++t) {
-      block.keys[t] = scratch.key_copy.data() + 16 * t * block.key_stride;
-      block.values[t] = scratch.value_copy.data() + 16 * t * block.key_stride;
-    }
+    return block;
   }
+  block = empty_copy(c, scratch);
+  block.tokens = tokens;
+  for (int t = 0; t < tokens; ++t) copy_token(c, begin + t, kv_head, t, scratch);
   return block;
 }
 

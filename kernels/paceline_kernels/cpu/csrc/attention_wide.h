@@ -159,14 +159,15 @@ inline void values_amx(const uint8_t* values, const uint8_t* weights, int padded
 
 #endif
 
-// Values in the order of the product with weights; float32 is read in place.
-inline void arrange_values(const KvBlock& block, int padded, uint8_t* out) {
+// Values in the order of the product with weights, from the token `first` on; float32 is read in
+// place.
+inline void arrange_values(const KvBlock& block, int padded, int first, uint8_t* out) {
   const auto pair = [&](int p, int d) {
     const uint8_t* tile = block.values[p / 8] + (2 * p % 16) * block.key_stride + 2 * d;
     return interleave(load_as<u16x16>(tile), load_as<u16x16>(tile + block.key_stride));
   };
 #if defined(__AMX_TILE__)
-  for (int half = 0; half < 2; ++half) {
+  for (int half = first / 32; half < 2; ++half) {
     for (int d = 0; d < padded; d += 16) {
       u32x16 rows[16];
       for (int p = 0; p < 16; ++p) rows[p] = pair(16 * half + p, d);
@@ -175,7 +176,7 @@ inline void arrange_values(const KvBlock& block, int padded, uint8_t* out) {
     }
   }
 #else
-  for (int p = 0; p < kKvBlock / 2; ++p) {
+  for (int p = first / 2; p < kKvBlock / 2; ++p) {
     for (int d = 0; d < padded; d += 16) {
       const u32x16 words = pair(p, d);
       std::memcpy(out + (size_t(p) * padded + d) * 4, &words, sizeof words);

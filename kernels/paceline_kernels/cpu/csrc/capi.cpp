@@ -37,7 +37,7 @@ std::vector<float> floats(const float* p, int n) {
 extern "C" {
 
 // Changes whenever a signature or a structure here does.
-int pl_interface() { return 2; }
+int pl_interface() { return 3; }
 
 const char* pl_isa() { return table().name; }
 
@@ -117,11 +117,13 @@ void pl_attention(const AttentionShape* shape, uint8_t* kv, ptrdiff_t page_bytes
   for (int r = 0; r < batch->rows; ++r) {
     const int all = (batch->cu_q[r + 1] - batch->cu_q[r]) * (shape->heads / shape->kv_heads);
     const int splits = (batch->kv_lens[r] + kKvSplit - 1) / kKvSplit;
+    const std::unique_ptr<Tree> tree = plan_tree(*batch, r);
     const int run = all <= 16 ? std::min(shape->kv_heads, kTilesPerItem) : 1;
     for (int g = 0; g < shape->kv_heads; g += run) {
       const int heads = std::min(run, shape->kv_heads - g), most = 16 * kTilesPerItem;
       for (int lane = 0; lane < all; lane += most) {
-        AttentionItem item{r, g, heads, lane, std::min(most, all - lane), -1, splits, 0};
+        const int lanes = std::min(most, all - lane);
+        AttentionItem item{r, tree.get(), g, heads, lane, lanes, -1, splits, 0};
         if (!split) {
           table().attend(*shape, pages, *batch, item, q, stride, out, stride, nullptr, *scratch);
           continue;

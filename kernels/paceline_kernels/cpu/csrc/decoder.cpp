@@ -96,6 +96,8 @@ void Decoder::plan_attention(const Batch& batch) {
   const auto run_of = [&](int r) {
     return lanes_of(r) <= 16 ? std::min(config_.kv_heads, kTilesPerItem) : 1;
   };
+  trees_.clear();
+  for (int r = 0; r < batch.rows; ++r) trees_.push_back(plan_tree(batch, r));
   int whole = 0;
   for (int r = 0; r < batch.rows; ++r) {
     whole += (config_.kv_heads + run_of(r) - 1) / run_of(r) *
@@ -111,14 +113,15 @@ void Decoder::plan_attention(const Batch& batch) {
       const int heads = std::min(run, config_.kv_heads - g);
       if (is_small && splits > 1 && all <= kLanesPerItem) {
         for (int s = 0; s < splits; ++s) {
-          items_.push_back({r, g, heads, 0, all, s, splits, partials});
+          items_.push_back({r, trees_[r].get(), g, heads, 0, all, s, splits, partials});
         }
         partials += splits * items_.back().tiles();
         has_splits_ = true;
         continue;
       }
       for (int lane = 0; lane < all; lane += kLanesPerItem) {
-        items_.push_back({r, g, heads, lane, std::min(kLanesPerItem, all - lane), -1, 1, 0});
+        const int lanes = std::min(kLanesPerItem, all - lane);
+        items_.push_back({r, trees_[r].get(), g, heads, lane, lanes, -1, 1, 0});
       }
     }
   }
@@ -189,13 +192,16 @@ void Decoder::forward(const Step& step, float* x) {
     for (int l = 0; l < c.layers; ++l) {
       const Layer& layer = layers[l];
       const Pages pages{step.kv + l * layer_bytes, c.layers * layer_bytes};
-      multiply(thread, {x, c.hidden, nullptr, layer.input_norm.data()}, n, layer.qkv.weight,
-               Epilogue::kStore, qkv, qkv_size);
-      write_heads(thread, step, layer, pages);
-      team_.barrier();
-      attend(thread, step, layer, pages);
-      multiply(thread, {attended, q_size, nullptr, nullptr}, n, layer.o.weight, Epilogue::kAdd, x,
-               c.hidden);
+      if (!step.skips || !step.skips[2 * l]) {
+        multiply(thread, {x, c.hidden, nullptr, layer.input_norm.data()}, n, layer.qkv.weight,
+                 Epilogue::kStore, qkv, qkv_size);
+        write_heads(thread, step, layer, pages);
+        team_.barrier();
+        attend(thread, step, layer, pages);
+        multiply(thread, {attended, q_size, nullptr, nullptr}, n, layer.o.weight, Epilogue::kAdd,
+                 x, c.hidden);
+      }
+      if (step.skips && step.skips[2 * l + 1]) continue;
       multiply(thread, {x, c.hidden, nullptr, layer.post_norm.data()}, n, layer.gate_up.weight,
                Epilogue::kGate, inner, c.inner);
       multiply(thread, {inner, c.inner, nullptr, nullptr}, n, layer.down.weight, Epilogue::kAdd, x,

@@ -7,6 +7,7 @@
 #include "pack.h"
 #include "table.h"
 #include "team.h"
+#include "tree.h"
 
 namespace paceline {
 
@@ -40,6 +41,7 @@ struct Step {
   const float* cos_sin;
   uint8_t* kv;           // [P, L, 2, G, T, D]
   Batch batch;
+  const uint8_t* skips;  // [L, 2] whether a layer's attention and its MLP are left out, or null
 };
 
 class Decoder {
@@ -85,6 +87,7 @@ class Decoder {
   HugeBuffer operand_;                    // shared, for many
   HugeBuffer scales_;
   HugeBuffer qkv_, attended_, inner_;
+  std::vector<std::unique_ptr<Tree>> trees_;  // by row
   std::vector<AttentionItem> items_;
   std::vector<float> partials_;
   bool has_splits_ = false;

@@ -82,24 +82,30 @@ struct Pages {
   ptrdiff_t page_bytes;
 };
 
-// Row r has queries [cu_q[r], cu_q[r+1]) and a context of kv_lens[r] tokens, its own included.
+// Row r has queries [cu_q[r], cu_q[r+1]) and a context of kv_lens[r] tokens, its own included. Its
+// last cu_tree[r+1] - cu_tree[r] tokens, its tail, form a tree: `tree_parents` are indices in the
+// tail, each below its child's, or -1 for what hangs under the token in front of the tail.
 struct Batch {
   int rows;
   const int32_t* cu_q;          // [R+1]
   const int32_t* kv_lens;       // [R]
   const int32_t* tables;        // [R, table_width]
   int table_width;
-  const uint8_t* tree_mask;     // flat q_len * q_len per row, or null
-  const int64_t* mask_offsets;  // [R], where a row's mask begins
+  const int32_t* cu_tree;       // [R+1], or null: no row has a tree
+  const int32_t* tree_parents;
 };
 
 constexpr int kTilesPerItem = 8;
 
+struct Tree;
+
 // Some lanes of one row over a part of its context, for one key/value head or several that lie
 // beside each other. A lane is one query of one query head of its key/value head's group,
-// head-major: lane = head_in_group * q_len + query. At most kTilesPerItem times 16 lanes.
+// head-major: lane = head_in_group * q_len + query; in a tree lane = rank * heads_in_group +
+// head_in_group. At most kTilesPerItem times 16 lanes.
 struct AttentionItem {
   int row;
+  const Tree* tree;             // of the row, or null
   int kv_head;
   int kv_heads;                 // more than 1 only where all lanes of a head fit into 16
   int lane;

@@ -6,7 +6,7 @@ P pages, L layers, T tokens per page, V vocabulary, E hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -90,23 +90,26 @@ class DecoderModel:
         kv_PL2KTD: torch.Tensor,
         slots_N: torch.Tensor,
         attention: AttentionBatch,
+        skip: Sequence[tuple[bool, bool]] | None = None,
     ) -> torch.Tensor:
         """Compute all tokens, store their KV, return the last layer's residuals, [N, E].
 
         A residual that is finite vouches for the KV stored with it: whatever a token stores
         also enters its own attention.
         """
-        config = self.config
         x_NE = self._embedding_VE[tokens_N]
         for index, layer in enumerate(self._layers):
-            kv_P2KTD = kv_PL2KTD[:, index]
-            h_NE = kernels.rms_norm(x_NE, layer.input_norm, config.rms_norm_eps)
-            x_NE = x_NE + self._attend(
-                layer, h_NE, positions_N, kv_P2KTD, slots_N, attention, config.windows[index]
-            )
-            h_NE = kernels.rms_norm(x_NE, layer.post_norm, config.rms_norm_eps)
-            gate_up = kernels.linear(h_NE, layer.gate_up, layer.gate_up_bias)
-            x_NE = x_NE + kernels.linear(kernels.silu_mul(gate_up), layer.down, layer.down_bias)
+            kv_P2KTD, window = kv_PL2KTD[:, index], self.config.windows[index]
+            skips_attention, skips_mlp = (False, False) if skip is None else skip[index]
+            if not skips_attention:
+                h_NE = kernels.rms_norm(x_NE, layer.input_norm, self.config.rms_norm_eps)
+                x_NE = x_NE + self._attend(
+                    layer, h_NE, positions_N, kv_P2KTD, slots_N, attention, window
+                )
+            if not skips_mlp:
+                h_NE = kernels.rms_norm(x_NE, layer.post_norm, self.config.rms_norm_eps)
+                gate_up = kernels.linear(h_NE, layer.gate_up, layer.gate_up_bias)
+                x_NE = x_NE + kernels.linear(kernels.silu_mul(gate_up), layer.down, layer.down_bias)
         return x_NE
 
     def logits(self, x_NE: torch.Tensor, rows_M: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ Shape legend as in decoder.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -68,10 +68,11 @@ class FusedModel:
         kv_PL2KTD: torch.Tensor,
         slots_N: torch.Tensor,
         attention: AttentionBatch,
+        skip: Sequence[tuple[bool, bool]] | None = None,
     ) -> torch.Tensor:
         """Compute all tokens, store their KV, return the last layer's residuals, f32 [N, E]."""
         return self._decoder.forward(
-            tokens_N, positions_N, self._cos_sin_C2D, kv_PL2KTD, slots_N, attention
+            tokens_N, positions_N, self._cos_sin_C2D, kv_PL2KTD, slots_N, attention, skip
         )
 
     def logits(self, x_NE: torch.Tensor, rows_M: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -33,8 +34,12 @@ class Model(Protocol):
         kv_PL2KTD: torch.Tensor,
         slots_N: torch.Tensor,
         attention: AttentionBatch,
+        skip: Sequence[tuple[bool, bool]] | None = None,
     ) -> torch.Tensor:
         """Compute all tokens, store their KV, return the last layer's residuals, [N, E].
+
+        `skip` tells for each layer whether its attention and its MLP are left out: residuals
+        pass them by, and an attention that is left out stores no KV.
 
         A residual that is finite vouches for the KV stored with it: whatever a token stores
         also enters its own attention.

@@ -7,6 +7,7 @@ Shape legend as in decoder.py; R rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -29,25 +30,28 @@ class RowByRowModel:
         kv_PL2KTD: torch.Tensor,
         slots_N: torch.Tensor,
         attention: AttentionBatch,
+        skip: Sequence[tuple[bool, bool]] | None = None,
     ) -> torch.Tensor:
         """Compute all tokens, store their KV, return the last layer's residuals, [N, E]."""
         bounds = attention.cu_q.tolist()
-        outputs, mask_at = [], 0
+        outputs = []
         for r, (begin, end) in enumerate(pairwise(bounds)):
             q_len = end - begin
-            mask = attention.tree_mask
+            parents = attention.tail(r)
             row = AttentionBatch(
                 cu_q=torch.tensor([0, q_len], dtype=torch.int32),
                 kv_lens=attention.kv_lens[r : r + 1],
                 block_tables=attention.block_tables[r : r + 1],
                 block_size=attention.block_size,
                 max_q=q_len,
-                tree_mask=None if mask is None else mask[mask_at : mask_at + q_len * q_len],
+                cu_tree=torch.tensor([0, len(parents)], dtype=torch.int32),
+                tree_parents=torch.tensor(parents, dtype=torch.int32),
             )
-            mask_at += q_len * q_len
             own = slice(begin, end)
             outputs.append(
-                self._model.forward(tokens_N[own], positions_N[own], kv_PL2KTD, slots_N[own], row)
+                self._model.forward(
+                    tokens_N[own], positions_N[own], kv_PL2KTD, slots_N[own], row, skip
+                )
             )
         return torch.cat(outputs)
 
