@@ -199,7 +199,8 @@ def test_rotary(size: int) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_instruction_set(backend: str) -> None:
     """A process has one; those that this machine cannot run are refused by name."""
-    files = ["tests/kernels/test_cpu_ops.py", "tests/kernels/test_cpu_decoder.py"]
+    names = ("ops", "decoder", "trees")
+    files = [f"tests/kernels/test_cpu_{name}.py" for name in names]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     environment = {**os.environ, library.KERNELS_VARIABLE: backend}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=170)
