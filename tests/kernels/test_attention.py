@@ -95,9 +95,7 @@ def path_to(node: int, parents: list[int]) -> list[int]:
     return path[::-1]
 
 
-def explicit_mask(
-    kv_len: int, q_len: int, window: int | None, parents: list[int]
-) -> torch.Tensor:
+def explicit_mask(kv_len: int, q_len: int, window: int | None, parents: list[int]) -> torch.Tensor:
     """Say for every query and token of the context whether one sees the other, [Q, C]."""
     begin = kv_len - len(parents)
     seen = torch.zeros(q_len, kv_len, dtype=torch.bool)

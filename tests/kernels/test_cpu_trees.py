@@ -49,7 +49,11 @@ def decoder(
     for layer in range(2):
         tensors = LayerTensors(
             # Scores far apart, so that one token more or less shows.
-            qkv=(3 * weight(heads * size, HIDDEN), weight(kv_size, HIDDEN), weight(kv_size, HIDDEN)),
+            qkv=(
+                3 * weight(heads * size, HIDDEN),
+                weight(kv_size, HIDDEN),
+                weight(kv_size, HIDDEN),
+            ),
             o=weight(HIDDEN, heads * size),
             gate_up=(weight(INNER, HIDDEN), weight(INNER, HIDDEN)),
             down=weight(HIDDEN, INNER),
@@ -213,9 +217,7 @@ def test_long_paths_and_many_lanes(weight_type: str, kv_dtype: torch.dtype) -> N
 
 
 @BY_TYPE
-def test_decoding_goes_on_behind_an_accepted_path(
-    weight_type: str, kv_dtype: torch.dtype
-) -> None:
+def test_decoding_goes_on_behind_an_accepted_path(weight_type: str, kv_dtype: torch.dtype) -> None:
     """Its KV, moved forwards, is what decoding one by one would have stored."""
     rng = random.Random(5)
     fused = decoder(weight_type, kv_dtype, 3, 16, 16, 1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 from paceline.domain.blocks import salt_key
 from paceline.domain.errors import AlreadyExistsError, InternalError
@@ -21,8 +22,10 @@ from paceline.engine.ports import BlockArena, Slot, StepRunner, StoredBlock
 from paceline.engine.reports import end_report, load_report, step_report
 from paceline.engine.request import Phase, Request, Sequence, check_tokens
 from paceline.engine.scheduler import Scheduler
-from paceline.engine.spec.speculator import Speculator
 from paceline.engine.step import SampledToken, StepPlan
+
+if TYPE_CHECKING:
+    from paceline.engine.spec.speculator import Speculator
 
 logger = logging.getLogger(__name__)
 
