@@ -99,9 +99,7 @@ def write_kv(
     kv_P2KTD[pages_N, 1, :, offsets_N] = v_NKD
 
 
-def move_kv(
-    kv_PL2KTD: torch.Tensor, from_slots_N: torch.Tensor, to_slots_N: torch.Tensor
-) -> None:
+def move_kv(kv_PL2KTD: torch.Tensor, from_slots_N: torch.Tensor, to_slots_N: torch.Tensor) -> None:
     """Move the KV of some tokens, of all layers, to other slots (page * T + offset, int64).
 
     As if one after the other: no slot may be written that a later move reads, which holds for

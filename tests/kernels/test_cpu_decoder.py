@@ -116,3 +116,48 @@ def test_a_row_does_not_depend_on_its_batch_or_its_chunks(
         _, at, where, part = _inputs(config.vocab_size, [(start, end - start)], width)
         apart.append(fused.forward(tokens[start:end].clone(), at, table, kv, where, part))
     assert torch.equal(torch.cat(apart), together[:290])
+
+
+def test_layers_left_out_agree_with_the_reference() -> None:
+    config, width = load_model_config(MODEL), 4
+    fused = _fused("f32", torch.float32)
+    model = DecoderModel(config, load_tensors(MODEL), dtype=torch.float32, device="cpu")
+    table = rope_table(config, width * BLOCK)
+    pages = (2 * width, config.num_layers, 2, config.num_kv_heads, BLOCK, config.head_dim)
+    generator = torch.Generator().manual_seed(0)
+    results = []
+    for case in range(4):
+        skip = [
+            (bool(a), bool(m))
+            for a, m in torch.rand(config.num_layers, 2, generator=generator) < 0.5
+        ]
+        if case == 0:
+            skip = [(True, True)] * config.num_layers
+        kv_fused, kv_reference = torch.full((2, *pages), 7.0)
+        for rows in ([(0, 30), (0, 5)], [(30, 1), (5, 3)]):
+            tokens, positions, slots, batch = _inputs(config.vocab_size, rows, width)
+            with torch.inference_mode():
+                got = fused.forward(tokens, positions, table, kv_fused, slots, batch, skip)
+                expected = model.forward(tokens, positions, kv_reference, slots, batch, skip)
+            torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(kv_fused, kv_reference, atol=1e-4, rtol=1e-4)
+        for layer, (skips_attention, _) in enumerate(skip):
+            assert bool((kv_fused[:, layer] == 7.0).all()) == skips_attention
+        results.append(got)
+    assert not any(torch.equal(a, results[0]) for a in results[1:])
+
+
+def test_nothing_left_out_is_the_whole_model() -> None:
+    config = load_model_config(MODEL)
+    fused, table = _fused("f32", torch.float32), rope_table(config, BLOCK)
+    pages = (1, config.num_layers, 2, config.num_kv_heads, BLOCK, config.head_dim)
+    tokens, positions, slots, batch = _inputs(config.vocab_size, [(0, 9)], 1)
+    whole, same = (
+        fused.forward(tokens, positions, table, torch.zeros(pages), slots, batch, skip)
+        for skip in (None, [(False, False)] * config.num_layers)
+    )
+    assert torch.equal(whole, same)
+    with pytest.raises(ValueError, match="entries of skip"):
+        fused.forward(
+            tokens, positions, table, torch.zeros(pages), slots, batch, [(True, True)] * 99
+        )

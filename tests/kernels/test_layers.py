@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import (
     apply_rotary_pos_emb,
 )
 
-from paceline_kernels import linear, rms_norm, rotary, silu_mul, write_kv
+from paceline_kernels import linear, move_kv, rms_norm, rotary, silu_mul, write_kv
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 
@@ -81,3 +81,27 @@ def test_write_kv_touches_its_slots_and_no_others(dtype: torch.dtype, block_size
         assert torch.equal(layer[page, 1, :, offset], v[i])
         before[page, 1, :, :, offset] = layer[page, :, :, offset]
     assert torch.equal(pool, before)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn]
+)
+@pytest.mark.parametrize("block_size", [1, 4, 16])
+def test_move_kv_moves_forwards_and_touches_nothing_else(
+    dtype: torch.dtype, block_size: int
+) -> None:
+    pool = torch.randn(24 // block_size + 1, 3, 2, 2, block_size, 8).to(dtype)
+    # Tokens 5, 7, 8 and 11 of a row become tokens 5 to 8; its pages lie anywhere.
+    pages = torch.randperm(len(pool))
+    slots = torch.tensor(
+        [int(pages[t // block_size]) * block_size + t % block_size for t in range(12)]
+    )
+    expected = pool.clone()
+    for source, target in zip((5, 7, 8, 11), (5, 6, 7, 8), strict=True):
+        page, offset = divmod(int(slots[source]), block_size)
+        to_page, to_offset = divmod(int(slots[target]), block_size)
+        for layer in range(3):
+            for part in range(2):
+                expected[to_page, layer, part, :, to_offset] = pool[page, layer, part, :, offset]
+    move_kv(pool, slots[[5, 7, 8, 11]], slots[5:9])
+    assert torch.equal(pool.float(), expected.float())

@@ -12,7 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from paceline_kernels import AttentionBatch, paged_attention
-from tests.kernels.test_attention import TOLERANCE, Case, make_case, random_tree, reference
+from tests.kernels.test_attention import (
+    TOLERANCE,
+    Case,
+    make_case,
+    random_tails,
+    random_tree,
+    reference,
+)
 from tests.kernels.triton_interpreter import examples, triton_ops, uses_interpreter
 
 __all__ = ["uses_interpreter"]
@@ -38,12 +45,12 @@ def attend(case: Case, window: int | None = None) -> torch.Tensor:
 
 
 def assert_close(
-    case: Case, window: int | None = None, masks: list[torch.Tensor] | None = None
+    case: Case, window: int | None = None, tails: list[list[int]] | None = None
 ) -> None:
     ours = attend(case, window)
     assert ours.dtype == case.q_NHD.dtype
     tolerance = TOLERANCE[case.q_NHD.dtype]
-    expected = reference(case, window, masks)
+    expected = reference(case, window, tails)
     torch.testing.assert_close(ours.double(), expected, rtol=tolerance, atol=tolerance)
     plain = paged_attention(
         case.q_NHD, case.pool, case.batch, case.q_NHD.shape[-1] ** -0.5, window=window
@@ -80,7 +87,7 @@ def test_any_batch(
     seed: int,
 ) -> None:
     rng = random.Random(seed)
-    masks = [random_tree(new, rng) for _, new in lengths] if is_tree else None
+    tails = random_tails(lengths, rng) if is_tree else None
     case = make_case(
         lengths,
         heads=heads[0],
@@ -88,10 +95,10 @@ def test_any_batch(
         size=16,
         block_size=block_size,
         dtype=dtype,
-        tree_masks=masks,
+        tails=tails,
         seed=seed,
     )
-    assert_close(case, window, masks)
+    assert_close(case, window, tails)
 
 
 @examples(7)
@@ -115,14 +122,24 @@ def test_any_batch_of_single_tokens(
 
 
 @DTYPES
-def test_a_mask_that_is_no_tree(dtype: torch.dtype) -> None:
-    """Also a row of several tiles, and a lone token."""
-    lengths = [(20, 8), (3, 70), (33, 1)]
-    masks = [(torch.rand(n, n) < 0.4) | torch.eye(n, dtype=torch.bool) for _, n in lengths]
-    case = make_case(
-        lengths, heads=2, kv_heads=1, size=16, block_size=4, dtype=dtype, tree_masks=masks
+@pytest.mark.parametrize("window", [None, 20])
+def test_trees_of_all_kinds(dtype: torch.dtype, window: int | None) -> None:
+    """A row of several tiles, one without a tree, and lone tokens of older trees."""
+    rng = random.Random(1)
+    lengths = [(20, 8), (3, 70), (33, 1), (60, 1), (9, 30)]
+    tails = [random_tree(count, rng) for count in (8, 72, 12, 61, 0)]
+    case = make_case(lengths, heads=2, kv_heads=1, size=16, block_size=4, dtype=dtype, tails=tails)
+    assert_close(case, window, tails)
+    lone = make_case(
+        [(33, 1), (60, 1)],
+        heads=2,
+        kv_heads=1,
+        size=16,
+        block_size=4,
+        dtype=dtype,
+        tails=tails[2:4],
     )
-    assert_close(case, None, masks)
+    assert_close(lone, window, tails[2:4])
 
 
 def row_of(case: Case, row: int) -> Case:

@@ -89,14 +89,16 @@ def compile_launch(function: Any, args: dict[str, Any], arch: int) -> Any:
 
 
 def _attention(dtype: torch.dtype, lengths: list[int], size: int, **kwargs: Any) -> None:
-    mask = torch.ones(sum(n * n for n in lengths), dtype=torch.bool)
+    cu_q = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    is_tree = kwargs.pop("is_tree", False)
     batch = AttentionBatch(
-        cu_q=torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32),
+        cu_q=cu_q,
         kv_lens=torch.tensor([n + 2000 for n in lengths], dtype=torch.int32),
         block_tables=torch.zeros(len(lengths), 256, dtype=torch.int32),
         block_size=16,
         max_q=max(lengths),
-        tree_mask=mask if kwargs.pop("is_tree", False) else None,
+        cu_tree=cu_q if is_tree else None,
+        tree_parents=torch.full((sum(lengths),), -1).int() if is_tree else None,
     )
     pool = torch.empty(1, 2, 2, 8, 16, size, dtype=dtype)
     q_NHD = torch.empty(sum(lengths), 32, size, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Paged attention: decode rows, chunks of prompts and tree masks through one kernel.
+"""Paged attention: decode rows, chunks of prompts and trees through one kernel.
 
 Shape legend: N tokens of the step, R rows, P pages, T tokens per page, B table entries,
 H query heads, K key/value heads, D head size.
@@ -24,12 +24,11 @@ from typing import Any
 import torch
 import triton  # type: ignore[import-untyped]
 
-from paceline_kernels.reference import AttentionBatch
+from paceline_kernels.reference import AttentionBatch, tree_of
 from paceline_kernels.triton_ops.attention_kernels import (
     TILE_FIELDS,
     attention_kernel,
     fold_parts_kernel,
-    tree_depth_kernel,
 )
 from paceline_kernels.triton_ops.language import precision
 
@@ -53,6 +52,8 @@ class _Tiles:
     num_tiles: int
     num_tokens: int
     max_q: int
+    max_span: int
+    """Most tokens between the first position that a query of a row is at and its context's end."""
     is_spread: bool
     """Parts may go to programs of their own: every row is one tile."""
 
@@ -65,11 +66,11 @@ def paged_attention(
     *,
     window: int | None = None,
 ) -> torch.Tensor:
-    """Attend each query to its row's context, causally or by the tree mask.
+    """Attend each query to its row's context, causally or by its tail's tree.
 
-    The reference's contract, with `cu_q` on the CPU and the rest on the device; a row of context
-    zero gives zeros. A batch of single tokens copies nothing between CPU and device and does not
-    read `cu_q`, so a captured step may hold it. Returns [N, H, D].
+    The reference's contract, with `cu_q` and trees on the CPU and the rest on the device; a row of
+    context zero gives zeros. A batch of single tokens without trees copies nothing between CPU and
+    device and does not read `cu_q`, so a captured step may hold it. Returns [N, H, D].
     """
     out_NHD = torch.empty(q_NHD.shape, dtype=q_NHD.dtype, device=q_NHD.device)
     if q_NHD.shape[0] == 0:
@@ -80,18 +81,15 @@ def paged_attention(
     group = q_NHD.shape[1] // kv_P2KTD.shape[2]
     block_m = max(_queries_of_tile(q_NHD.dtype), triton.next_power_of_2(group))
     num_rows = batch.kv_lens.shape[0]
-    if batch.max_q == 1 and q_NHD.shape[0] == num_rows:
-        launches = [_Tiles(None, num_rows, num_rows, 1, is_spread=True)]
-        # Alone, a token of a tree is a token like any other.
-        mask = depth_N = None
+    trees = None
+    if batch.max_q == 1 and q_NHD.shape[0] == num_rows and batch.cu_tree is None:
+        launches = [_Tiles(None, num_rows, num_rows, 1, 1, is_spread=True)]
     else:
-        launches = _cut_rows(batch, block_m // group, q_NHD.device)
-        mask = None if batch.tree_mask is None else batch.tree_mask.view(torch.uint8)
-        depth_N = None
-        if mask is not None and window is not None:
-            depth_N = _tree_depths(mask, launches, q_NHD.shape[0])
+        if batch.cu_tree is not None:
+            trees = _lay_out_trees(batch, q_NHD.device)
+        launches = _cut_rows(batch, trees, block_m // group, q_NHD.device)
     for tiles in launches:
-        _attend(q_NHD, kv_P2KTD, batch, tiles, out_NHD, scale, window, mask, depth_N, block_m)
+        _attend(q_NHD, kv_P2KTD, batch, tiles, out_NHD, scale, window, trees, block_m)
     return out_NHD
 
 
@@ -114,21 +112,50 @@ def _block_tokens(block_d: int, dtype: torch.dtype) -> int:
     return max(16, min(BLOCK_TOKENS, (16 << 10) // (block_d * dtype.itemsize)))
 
 
-def _cut_rows(batch: AttentionBatch, queries: int, device: torch.device) -> list[_Tiles]:
+@dataclass(frozen=True, slots=True)
+class _Trees:
+    """The trees of a batch."""
+
+    depths: torch.Tensor
+    """Flat int32 on the device: depth of each token of each tail."""
+    masks: torch.Tensor
+    """Flat uint8 on the device, [q_len, tail] per row: which of its tail a query sees."""
+    rows: list[tuple[int, int, int]]
+    """Length of a row's tail, where its depths start, and where its mask does."""
+
+
+def _lay_out_trees(batch: AttentionBatch, device: torch.device) -> _Trees:
+    depths, masks, rows = [], [], []
+    depth_start = mask_start = 0
+    for row, (first, last) in enumerate(pairwise(batch.cu_q.tolist())):
+        depth_T, seen_TT = tree_of(batch.tail(row))
+        seen_QT = seen_TT[-(last - first) :]
+        rows.append((len(depth_T), depth_start, mask_start))
+        depths.append(depth_T)
+        masks.append(seen_QT.flatten())
+        depth_start += depth_T.numel()
+        mask_start += seen_QT.numel()
+    return _Trees(torch.cat(depths).int().to(device), torch.cat(masks).byte().to(device), rows)
+
+
+def _cut_rows(
+    batch: AttentionBatch, trees: _Trees | None, queries: int, device: torch.device
+) -> list[_Tiles]:
     """Cut rows into tiles of queries; rows of one tile apart from longer ones."""
     short: list[tuple[int, ...]] = []
     long: list[tuple[int, ...]] = []
-    mask_start = slot = max_short = 0
+    slot = max_short = max_span = 0
     starts = batch.cu_q.tolist()
     for row, (first, last) in enumerate(pairwise(starts)):
         q_len = last - first
+        tree = trees.rows[row] if trees else (0, 0, 0)
+        max_span = max(max_span, q_len, tree[0])
         if q_len > queries:
-            long += ((row, first, at, q_len, mask_start, 0) for at in range(0, q_len, queries))
+            long += ((row, first, at, q_len, 0, *tree) for at in range(0, q_len, queries))
         elif q_len > 0:
-            short.append((row, first, 0, q_len, mask_start, slot))
+            short.append((row, first, 0, q_len, slot, *tree))
             slot += q_len
             max_short = max(max_short, q_len)
-        mask_start += q_len * q_len
     launches = []
     for fields, tokens, max_q, is_spread in (
         (short, slot, max_short, True),
@@ -136,18 +163,8 @@ def _cut_rows(batch: AttentionBatch, queries: int, device: torch.device) -> list
     ):
         if fields:
             table = torch.tensor(fields, dtype=torch.int32).to(device, non_blocking=True)
-            launches.append(_Tiles(table, len(fields), tokens, max_q, is_spread))
+            launches.append(_Tiles(table, len(fields), tokens, max_q, max_span, is_spread))
     return launches
-
-
-def _tree_depths(mask: torch.Tensor, launches: list[_Tiles], num_tokens: int) -> torch.Tensor:
-    """Return each token's number of ancestors, [N] int32: its position behind the context."""
-    depth_N = torch.empty(num_tokens, dtype=torch.int32, device=mask.device)
-    for tiles in launches:
-        tree_depth_kernel[(tiles.num_tiles, tiles.max_q)](
-            depth_N, mask, tiles.table, FIELDS=TILE_FIELDS, BLOCK=64, num_warps=1
-        )
-    return depth_N
 
 
 def _attend(
@@ -158,8 +175,7 @@ def _attend(
     out_NHD: torch.Tensor,
     scale: float,
     window: int | None,
-    mask: torch.Tensor | None,
-    depth_N: torch.Tensor | None,
+    trees: _Trees | None,
     block_m: int,
 ) -> None:
     """Launch the kernel for the tiles, and the fold where parts are spread."""
@@ -169,7 +185,7 @@ def _attend(
     # The table's width bounds the contexts: their lengths are on the device.
     num_parts = triton.cdiv(batch.block_tables.shape[1] * block_size, SPLIT_TOKENS)
     if window is not None:
-        num_parts = min(num_parts, (window + tiles.max_q - 2) // SPLIT_TOKENS + 2)
+        num_parts = min(num_parts, (window + tiles.max_span - 2) // SPLIT_TOKENS + 2)
     lanes = 1
     if tiles.is_spread:
         lanes = min(num_parts, triton.cdiv(TARGET_PROGRAMS, tiles.num_tiles * kv_heads))
@@ -187,7 +203,7 @@ def _attend(
         "SPLIT": SPLIT_TOKENS,
         "FIELDS": TILE_FIELDS,
         "IS_DECODE": tiles.table is None,
-        "HAS_TREE": mask is not None,
+        "HAS_TREE": trees is not None,
         "HAS_WINDOW": window is not None,
     }
     attention_kernel[(tiles.num_tiles, kv_heads, lanes)](
@@ -199,8 +215,8 @@ def _attend(
         batch.kv_lens,
         batch.block_tables,
         tiles.table,
-        mask,
-        depth_N,
+        None if trees is None else trees.masks,
+        None if trees is None else trees.depths,
         scale_log2=scale * log2(e),
         stride_qn=q_NHD.stride(0),
         stride_qh=q_NHD.stride(1),

@@ -11,7 +11,7 @@ import triton.language as tl  # type: ignore[import-untyped]
 
 from paceline_kernels.triton_ops.language import kernel
 
-TILE_FIELDS = 6
+TILE_FIELDS = 8
 """Numbers of a tile in a launch's table, see `_read_tile`."""
 
 
@@ -19,10 +19,13 @@ TILE_FIELDS = 6
 def _read_tile(
     tiles_ptr: tl.tensor, tile: tl.tensor, IS_DECODE: tl.constexpr, FIELDS: tl.constexpr
 ) -> tl.tensor:
-    """Return a tile's row, first token, first query, q_len, mask start and slot of its parts."""
+    """Return a tile's row, first token, first query, q_len, slot of its parts, and its tree.
+
+    A tree is the length of the row's tail, 0 without one, and where its depths and mask start.
+    """
     if IS_DECODE:
         zero = tile * 0
-        return tile, tile, zero, zero + 1, tile, tile
+        return tile, tile, zero, zero + 1, tile, zero, zero, zero
     else:
         at = tiles_ptr + tile * FIELDS
         return (
@@ -32,6 +35,8 @@ def _read_tile(
             tl.load(at + 3),
             tl.load(at + 4),
             tl.load(at + 5),
+            tl.load(at + 6),
+            tl.load(at + 7),
         )
 
 
@@ -40,6 +45,7 @@ def _context_range(
     kv_len: tl.tensor,
     q_len: tl.tensor,
     first_query: tl.tensor,
+    tail: tl.tensor,
     window: tl.tensor,
     QUERIES: tl.constexpr,
     HAS_TREE: tl.constexpr,
@@ -50,7 +56,7 @@ def _context_range(
     start = before * 0
     if HAS_WINDOW:
         if HAS_TREE:
-            start = tl.maximum(before - window + 1, 0)
+            start = tl.maximum(kv_len - tl.maximum(q_len, tail) - window + 1, 0)
         else:
             start = tl.maximum(before + first_query - window + 1, 0)
     end = kv_len
@@ -121,12 +127,15 @@ def attention_kernel(
     """Attend a tile of queries of one row and one key/value head to every n-th part."""
     QUERIES: tl.constexpr = BLOCK_M // GROUP
     kv_head = tl.program_id(1)
-    row, first, first_query, q_len, mask_start, slot = _read_tile(
+    row, first, first_query, q_len, slot, tail, depth_start, mask_start = _read_tile(
         tiles_ptr, tl.program_id(0), IS_DECODE, FIELDS
     )
     kv_len = tl.load(kv_lens_ptr + row)
     before = kv_len - q_len
-    start, end = _context_range(kv_len, q_len, first_query, window, QUERIES, HAS_TREE, HAS_WINDOW)
+    tail_at = kv_len - tail
+    start, end = _context_range(
+        kv_len, q_len, first_query, tail, window, QUERIES, HAS_TREE, HAS_WINDOW
+    )
 
     at_M = tl.arange(0, BLOCK_M)
     query_M = first_query + at_M // GROUP
@@ -141,8 +150,13 @@ def attention_kernel(
         other=0.0,
     )
     position_M = before + query_M
-    if HAS_TREE and HAS_WINDOW:
-        position_M = before + tl.load(depth_ptr + first + query_M, mask=is_query_M, other=0)
+    if HAS_TREE:
+        depth_M = tl.load(
+            depth_ptr + depth_start + tail - q_len + query_M,
+            mask=is_query_M & (tail > 0),
+            other=0,
+        )
+        position_M = tl.where(tail > 0, tail_at + depth_M, position_M)
 
     max_M = tl.full([BLOCK_M], float("-inf"), tl.float32)
     sum_M = tl.zeros([BLOCK_M], tl.float32)
@@ -169,23 +183,17 @@ def attention_kernel(
 
             seen_MC = in_context_C[None, :] & is_query_M[:, None]
             if HAS_TREE:
-                node_C = c_C - before
-                is_node_MC = seen_MC & (node_C >= 0)[None, :]
+                node_C = c_C - tail_at
+                is_node_C = in_context_C & (node_C >= 0)
+                depth_C = tl.load(depth_ptr + depth_start + node_C, mask=is_node_C, other=0)
+                c_C = tl.where(is_node_C, tail_at + depth_C, c_C)
                 sees_MC = tl.load(
-                    mask_ptr + mask_start + (query_M * q_len)[:, None] + node_C[None, :],
-                    mask=is_node_MC,
+                    mask_ptr + mask_start + (query_M * tail)[:, None] + node_C[None, :],
+                    mask=is_query_M[:, None] & is_node_C[None, :],
                     other=1,
                 )
                 seen_MC = seen_MC & (sees_MC != 0)
-                if HAS_WINDOW:
-                    depth_C = tl.load(
-                        depth_ptr + first + node_C,
-                        mask=in_context_C & (node_C >= 0),
-                        other=0,
-                    )
-                    c_C = tl.where(node_C >= 0, before + depth_C, c_C)
-            else:
-                seen_MC = seen_MC & (c_C[None, :] <= position_M[:, None])
+            seen_MC = seen_MC & (c_C[None, :] <= position_M[:, None])
             if HAS_WINDOW:
                 seen_MC = seen_MC & (c_C[None, :] > position_M[:, None] - window)
 
@@ -244,13 +252,13 @@ def fold_parts_kernel(
 ) -> None:
     """Fold the parts of one token and head."""
     query = tl.program_id(1)
-    row, first, first_query, q_len, _mask_start, slot = _read_tile(
+    row, first, first_query, q_len, slot, tail, _depth_start, _mask_start = _read_tile(
         tiles_ptr, tl.program_id(0), IS_DECODE, FIELDS
     )
     if query < q_len:
         kv_len = tl.load(kv_lens_ptr + row)
         start, end = _context_range(
-            kv_len, q_len, first_query, window, QUERIES, HAS_TREE, HAS_WINDOW
+            kv_len, q_len, first_query, tail, window, QUERIES, HAS_TREE, HAS_WINDOW
         )
         d_D = tl.arange(0, BLOCK_D)
         one = tl.arange(0, 1)
@@ -274,25 +282,3 @@ def fold_parts_kernel(
             out_1D.to(out_ptr.dtype.element_ty),
             mask=(d_D < HEAD)[None, :],
         )
-
-
-@kernel
-def tree_depth_kernel(
-    depth_ptr: tl.tensor,
-    mask_ptr: tl.tensor,
-    tiles_ptr: tl.tensor,
-    FIELDS: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:
-    """Count the ancestors of each token of a tile's row."""
-    _row, first, first_query, q_len, mask_start, _slot = _read_tile(
-        tiles_ptr, tl.program_id(0), False, FIELDS
-    )
-    query = tl.program_id(1)
-    if (first_query == 0) & (query < q_len):
-        depth = query * 0 - 1
-        for node in range(0, q_len, BLOCK):
-            at = node + tl.arange(0, BLOCK)
-            mask_ptrs = mask_ptr + mask_start + query * q_len + at
-            depth += tl.sum((tl.load(mask_ptrs, mask=at < q_len, other=0) != 0).to(tl.int32))
-        tl.store(depth_ptr + first + query, depth)

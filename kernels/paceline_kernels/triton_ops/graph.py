@@ -77,12 +77,13 @@ class DecodeBuffers:
         slots_R: torch.Tensor,
         attention: AttentionBatch,
     ) -> None:
-        """Copy a step of single tokens in; the rows behind it become padding.
+        """Copy a step of single tokens without trees in; the rows behind it become padding.
 
         Copies are queued on the current stream: sources in pinned memory must stay as they are
         until it has run. Entries of the block tables behind the step's are left as they were;
         they lie behind its contexts.
         """
+        assert attention.cu_tree is None, "a graph's rows are plain"
         num_rows = tokens_R.shape[0]
         tables_RB = attention.block_tables
         for static, new in (

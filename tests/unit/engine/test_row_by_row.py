@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -24,8 +25,13 @@ def model(monkeypatch: pytest.MonkeyPatch) -> Model:
     return load_model(DEMO, load_model_config(DEMO), options)
 
 
-def compute(model: Model, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return residuals of all tokens of some of the rows, and logits of their last tokens."""
+def compute(
+    model: Model, rows: list[int], tails: list[list[int]] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return residuals of all tokens of some of the rows, and logits of their last tokens.
+
+    `tails` are the parents of the rows' last tokens; positions are left as they are.
+    """
     c = model.config
     lengths = [LENGTHS[r] for r in rows]
     cu_q = torch.tensor([0, *lengths]).cumsum(0)
@@ -39,6 +45,13 @@ def compute(model: Model, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         block_size=BLOCK,
         max_q=max(lengths),
     )
+    if tails is not None:
+        parents = [tails[r] for r in rows]
+        batch = replace(
+            batch,
+            cu_tree=torch.tensor([0, *map(len, parents)]).cumsum(0).int(),
+            tree_parents=torch.tensor([p for tail in parents for p in tail]).int(),
+        )
     with torch.inference_mode():
         residuals = model.forward(
             5 + 3 * positions + owners, positions, kv, owners * WIDTH * BLOCK + positions, batch
@@ -54,3 +67,15 @@ def test_a_row_is_the_same_in_any_batch(model: Model) -> None:
         alone, logits_alone = compute(model, [row])
         assert torch.equal(alone, residuals[begin:end])
         assert torch.equal(logits_alone[0], logits[row])
+
+
+def test_a_row_keeps_its_tree(model: Model) -> None:
+    rows = list(range(len(LENGTHS)))
+    # Of whole rows, for a step's tokens are all in the tail.
+    tails = [[max(-1, i - 1 - i % 3) for i in range(37)], [-1, 0, 0, 1, 2], [], [-1] * 64]
+    residuals, _ = compute(model, rows, tails)
+    bounds = [0, *torch.tensor(LENGTHS).cumsum(0).tolist()]
+    plain, _ = compute(model, rows)
+    for row, (begin, end) in enumerate(pairwise(bounds)):
+        assert torch.equal(compute(model, [row], tails)[0], residuals[begin:end])
+        assert torch.equal(plain[begin:end], residuals[begin:end]) == (not tails[row])
