@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cache
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -30,9 +31,11 @@ from paceline.engine.events import (
 from paceline.engine.kv_exchange import SAVE_TIMEOUT_S
 from paceline.engine.lookups import LOOKUP_TIMEOUT_S
 from paceline.engine.ports import StoredBlock
+from paceline.engine.request import Sequence
 from paceline.engine.step import StepPlan
 from tests.unit.engine.fake_runner import VOCAB, expected_tokens, fake_engine
 from tests.unit.engine.memory_arena import MemoryArena, run_until_idle
+from tests.unit.engine.spec.guesser import Guesser
 
 NUM_PAGES = 7
 
@@ -142,6 +145,18 @@ def published_prompts() -> MemoryArena:
 PUBLISHED = published_prompts()
 
 
+@cache
+def _whole_output(spec: GenerationSpec, index: int) -> tuple[int, ...]:
+    return tuple(expected_tokens(spec, index, context=CONTEXT))
+
+
+def _to_come(sequence: Sequence) -> tuple[int, ...]:
+    """What a sequence will draw; nothing is known behind tokens that came from elsewhere."""
+    output = tuple(sequence.token_ids[sequence.num_prompt :])
+    whole = _whole_output(sequence.request.spec, sequence.index)
+    return whole[len(output) :] if whole[: len(output)] == output else ()
+
+
 class EngineMachine(RuleBasedStateMachine):
     """An engine over fake pages, a store that comes, goes and lies, and steps that fail."""
 
@@ -162,6 +177,7 @@ class EngineMachine(RuleBasedStateMachine):
         max_num_seqs=st.sampled_from([1, 3, 8]),
         answers_at_once=st.booleans(),
         has_store=st.booleans(),
+        has_drafts=st.booleans(),
     )
     def build(
         self,
@@ -170,6 +186,7 @@ class EngineMachine(RuleBasedStateMachine):
         max_num_seqs: int,
         answers_at_once: bool,
         has_store: bool,
+        has_drafts: bool,
     ) -> None:
         self.answers_at_once = answers_at_once
         self.engine, self.runner = fake_engine(
@@ -179,6 +196,8 @@ class EngineMachine(RuleBasedStateMachine):
             context=CONTEXT,
             clock=lambda: self.now_s,
         )
+        if has_drafts:
+            self.engine._speculator = Guesser(_to_come, VOCAB)
         if has_store:
             self.attach(150, True)
 
