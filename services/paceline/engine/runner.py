@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import mmap
 import time
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -76,6 +77,8 @@ class Runner:
                     if row.sample is not None and not result.tokens:
                         failed.add(i)
                 self._settle(plan.rows, results)
+                if plan.wanted.hidden:
+                    results = self._with_hidden(plan.rows, results, x_NE)
         return StepResult(tuple(results), time.perf_counter() - started, frozenset(failed))
 
     @torch.inference_mode()
@@ -97,6 +100,20 @@ class Runner:
                     destinations.append(self._slot(row, end + depth))
         if sources:
             move_kv(self._kv_PL2KTD, torch.tensor(sources), torch.tensor(destinations))
+
+    def _with_hidden(
+        self, rows: tuple[Row, ...], results: list[RowResult], x_NE: torch.Tensor
+    ) -> list[RowResult]:
+        """Add the hidden state behind which each row's last token was drawn."""
+        places: list[int] = []
+        begin = 0
+        for row, result in zip(rows, results, strict=True):
+            if result.tokens:
+                last = result.path[-1] if result.path else ROOT
+                places.append(begin + len(row.token_ids) + last)
+            begin += row.num_tokens
+        hidden = iter(self._model.hidden(x_NE, torch.tensor(places, dtype=torch.int64)).unbind())
+        return [replace(r, hidden_E=next(hidden)) if r.tokens else r for r in results]
 
     def _slot(self, row: Row, at: int) -> int:
         size = self._block_size

@@ -114,8 +114,11 @@ class DecoderModel:
 
     def logits(self, x_NE: torch.Tensor, rows_M: torch.Tensor) -> torch.Tensor:
         """Return float32 logits of some rows of residuals, [M, V]."""
-        h_ME = kernels.rms_norm(x_NE[rows_M], self._norm_E, self.config.rms_norm_eps)
-        return kernels.linear(h_ME, self._head_VE).float()
+        return kernels.linear(self.hidden(x_NE, rows_M), self._head_VE).float()
+
+    def hidden(self, x_NE: torch.Tensor, rows_M: torch.Tensor) -> torch.Tensor:
+        """Return what the head sees of some rows of residuals, [M, E]."""
+        return kernels.rms_norm(x_NE[rows_M], self._norm_E, self.config.rms_norm_eps)
 
     def _attend(
         self,

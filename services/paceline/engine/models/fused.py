@@ -9,7 +9,13 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from paceline.engine.kernels import AttentionBatch, DecoderShape, FusedDecoder, LayerTensors
+from paceline.engine.kernels import (
+    AttentionBatch,
+    DecoderShape,
+    FusedDecoder,
+    LayerTensors,
+    rms_norm,
+)
 from paceline.engine.models.config import ModelConfig, rope_table
 from paceline.engine.models.tensors import TensorStore
 
@@ -58,6 +64,7 @@ class FusedModel:
             head_VE = store.take("lm_head.weight", size)
         store.check_empty()
         self._decoder.set_ends(embedding_VE, head_VE, norm_E)
+        self._norm_E = norm_E.float()
         num_positions = max_context_tokens or config.max_context_tokens
         self._cos_sin_C2D = rope_table(config, num_positions).contiguous()
 
@@ -78,6 +85,10 @@ class FusedModel:
     def logits(self, x_NE: torch.Tensor, rows_M: torch.Tensor) -> torch.Tensor:
         """Return float32 logits of some rows of residuals, [M, V]."""
         return self._decoder.logits(x_NE, rows_M)
+
+    def hidden(self, x_NE: torch.Tensor, rows_M: torch.Tensor) -> torch.Tensor:
+        """Return what the head sees of some rows of residuals, f32 [M, E]."""
+        return rms_norm(x_NE[rows_M], self._norm_E, self.config.rms_norm_eps)
 
 
 def _layer_tensors(store: TensorStore, config: ModelConfig, index: int) -> LayerTensors:

@@ -50,6 +50,10 @@ class Model(Protocol):
         """Return float32 logits of some rows of residuals, [M, V]."""
         ...
 
+    def hidden(self, x_NE: torch.Tensor, rows_M: torch.Tensor) -> torch.Tensor:
+        """Return what the head sees of some rows of residuals, [M, E]."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class ModelOptions:

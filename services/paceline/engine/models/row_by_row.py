@@ -58,3 +58,7 @@ class RowByRowModel:
     def logits(self, x_NE: torch.Tensor, rows_M: torch.Tensor) -> torch.Tensor:
         """Return float32 logits of some rows of residuals, [M, V]."""
         return torch.cat([self._model.logits(x_NE, row) for row in rows_M.split(1)])
+
+    def hidden(self, x_NE: torch.Tensor, rows_M: torch.Tensor) -> torch.Tensor:
+        """Return what the head sees of some rows of residuals, [M, E]."""
+        return self._model.hidden(x_NE, rows_M)

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from paceline.domain.request import GenerationSpec, SamplingParams, TokenLogprobs
 from paceline.engine import request
@@ -149,3 +151,18 @@ def test_drafters_are_told_successors_of_every_place(checkpoint: Path) -> None:
                 assert all(len(set(best)) == 3 for best in row.successors)
                 seen += 1
     assert seen > 10
+
+
+def test_drafters_are_told_the_hidden_state_behind_the_last_token(checkpoint: Path) -> None:
+    wanted = [replace(spec, sampling=GREEDY) for spec in specs(4)]
+    plain = generate(engine_for(checkpoint, None), wanted)
+    guesser = Guesser(oracle(plain), 4096, needs=DrafterNeeds(hidden=True))
+    engine = engine_for(checkpoint, guesser)
+    assert generate(engine, wanted) == plain
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    head_VE = model.get_output_embeddings().weight.detach()
+    rows = [row for result in guesser.results for row in result.rows if row.tokens]
+    assert any(row.path for row in rows)
+    for row in rows:
+        assert row.hidden_E is not None
+        assert int((head_VE @ row.hidden_E).argmax()) == row.tokens[-1].token_id
