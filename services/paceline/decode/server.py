@@ -58,15 +58,18 @@ class DecodeServicer:
             codec.resumed_from_proto(request.resumed),
             frozenset(request.finished_indices),
         )
-        tokens = local = store = 0
+        tokens = drafted = accepted = local = store = 0
         with logged_call(logger, "decode-finished") as fields:
             fields["prompt_tokens"] = len(spec.prompt_token_ids)
             async with aclosing(updates) as open_updates:
                 async for update in open_updates:
                     tokens += sum(len(chunk.token_ids) for chunk in update.chunks)
+                    drafted += sum(chunk.drafted_tokens for chunk in update.chunks)
+                    accepted += sum(chunk.accepted_tokens for chunk in update.chunks)
                     local += update.local_hit_tokens
                     store += update.store_hit_tokens
                     fields["tokens"] = tokens
+                    fields["drafted_tokens"], fields["accepted_tokens"] = drafted, accepted
                     fields["local_hit_tokens"], fields["store_hit_tokens"] = local, store
                     yield worker_pb2.DecodeResponse(
                         chunks=[codec.chunk_to_proto(chunk) for chunk in update.chunks],

@@ -69,6 +69,10 @@ class Member:
     model: ModelCard | None = None
     step_cost: StepCost | None = None
     prefill_chunk_tokens: int = 0
+    drafters: tuple[str, ...] = ()
+    """Drafters that requests may name (decode workers)."""
+    draft_version: str = ""
+    """Version of the draft model in use, if there is one."""
     load: Load = field(default_factory=Load)
 
     def to_json(self) -> dict[str, Any]:
@@ -94,6 +98,7 @@ class Member:
             known["model"] = ModelCard(**card)
         if known.get("step_cost") is not None:
             known["step_cost"] = StepCost.from_json(known["step_cost"])
+        known["drafters"] = tuple(map(str, known.get("drafters") or ()))
         known["load"] = Load(**_known(Load, known.get("load") or {}))
         return cls(**known)
 

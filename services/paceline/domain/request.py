@@ -65,7 +65,10 @@ class GenerationSpec:
     """Whether the client gave the seed: then output is reproducible token for token, with
     speculation and without."""
     speculation: str = "AUTO"
-    """"AUTO", "OFF", or the name of the one drafter to use."""
+    """"AUTO", "OFF", or the name of the one drafter to use; an engine without it uses none."""
+    is_seed_drawn: bool = False
+    """Whether the seed was drawn for the request and not chosen by its client: then tokens need
+    only be right in distribution."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,4 +95,4 @@ class TokenChunk:
     accepted_tokens: int = 0
     """Proposed tokens among `token_ids`."""
     draft_version: str = ""
-    """Version of the draft model that proposed, if one did."""
+    """Version of the draft model that proposed last, if one did."""

@@ -65,6 +65,8 @@ def spec_to_proto(spec: GenerationSpec) -> worker_pb2.GenerationSpec:
         logprobs=spec.logprobs,
         n=spec.n,
         priority=spec.priority,
+        speculation=spec.speculation,
+        is_seed_drawn=spec.is_seed_drawn,
     )
 
 
@@ -81,6 +83,8 @@ def spec_from_proto(message: worker_pb2.GenerationSpec) -> GenerationSpec:
         logprobs=message.logprobs,
         n=message.n,
         priority=message.priority,
+        speculation=message.speculation or "AUTO",
+        is_seed_drawn=message.is_seed_drawn,
     )
 
 
@@ -112,6 +116,9 @@ def chunk_to_proto(chunk: TokenChunk) -> worker_pb2.TokenChunk:
         logprobs=[logprobs_to_proto(entry) for entry in chunk.logprobs],
         finish_reason=finish_reason_to_proto(chunk.finish_reason),
         target_steps=chunk.target_steps,
+        drafted_tokens=chunk.drafted_tokens,
+        accepted_tokens=chunk.accepted_tokens,
+        draft_version=chunk.draft_version,
     )
 
 
@@ -123,6 +130,9 @@ def chunk_from_proto(message: worker_pb2.TokenChunk) -> TokenChunk:
         logprobs=tuple(logprobs_from_proto(entry) for entry in message.logprobs),
         finish_reason=_REASONS_BACK.get(message.finish_reason),
         target_steps=message.target_steps,
+        drafted_tokens=message.drafted_tokens,
+        accepted_tokens=message.accepted_tokens,
+        draft_version=message.draft_version,
     )
 
 

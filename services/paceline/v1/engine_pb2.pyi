@@ -123,7 +123,7 @@ class ArenaChange(_message.Message):
     def __init__(self, path: _Optional[str] = ..., num_bytes: _Optional[int] = ...) -> None: ...
 
 class EngineReady(_message.Message):
-    __slots__ = ("layout", "model_digest", "max_context_tokens", "vocab_size", "num_kv_blocks", "step_cost", "pid")
+    __slots__ = ("layout", "model_digest", "max_context_tokens", "vocab_size", "num_kv_blocks", "step_cost", "pid", "drafters", "draft_version")
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
     MAX_CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -131,6 +131,8 @@ class EngineReady(_message.Message):
     NUM_KV_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     STEP_COST_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
+    DRAFTERS_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_VERSION_FIELD_NUMBER: _ClassVar[int]
     layout: _kvstore_pb2.KvLayout
     model_digest: str
     max_context_tokens: int
@@ -138,7 +140,9 @@ class EngineReady(_message.Message):
     num_kv_blocks: int
     step_cost: StepCost
     pid: int
-    def __init__(self, layout: _Optional[_Union[_kvstore_pb2.KvLayout, _Mapping]] = ..., model_digest: _Optional[str] = ..., max_context_tokens: _Optional[int] = ..., vocab_size: _Optional[int] = ..., num_kv_blocks: _Optional[int] = ..., step_cost: _Optional[_Union[StepCost, _Mapping]] = ..., pid: _Optional[int] = ...) -> None: ...
+    drafters: _containers.RepeatedScalarFieldContainer[str]
+    draft_version: str
+    def __init__(self, layout: _Optional[_Union[_kvstore_pb2.KvLayout, _Mapping]] = ..., model_digest: _Optional[str] = ..., max_context_tokens: _Optional[int] = ..., vocab_size: _Optional[int] = ..., num_kv_blocks: _Optional[int] = ..., step_cost: _Optional[_Union[StepCost, _Mapping]] = ..., pid: _Optional[int] = ..., drafters: _Optional[_Iterable[str]] = ..., draft_version: _Optional[str] = ...) -> None: ...
 
 class StepCost(_message.Message):
     __slots__ = ("base_s", "row_s", "token_s", "context_s", "curves")
@@ -203,7 +207,7 @@ class StepOutput(_message.Message):
     def __init__(self, outputs: _Optional[_Iterable[_Union[RequestOutput, _Mapping]]] = ..., load: _Optional[_Union[EngineLoad, _Mapping]] = ...) -> None: ...
 
 class EngineLoad(_message.Message):
-    __slots__ = ("num_waiting", "num_running", "num_pending_prefill_tokens", "num_free_blocks", "num_total_blocks", "last_step_s", "num_preemptions", "num_steps", "num_context_tokens", "num_evictions")
+    __slots__ = ("num_waiting", "num_running", "num_pending_prefill_tokens", "num_free_blocks", "num_total_blocks", "last_step_s", "num_preemptions", "num_steps", "num_context_tokens", "num_evictions", "speculation")
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_PENDING_PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -214,6 +218,7 @@ class EngineLoad(_message.Message):
     NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
     NUM_CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_EVICTIONS_FIELD_NUMBER: _ClassVar[int]
+    SPECULATION_FIELD_NUMBER: _ClassVar[int]
     num_waiting: int
     num_running: int
     num_pending_prefill_tokens: int
@@ -224,7 +229,58 @@ class EngineLoad(_message.Message):
     num_steps: int
     num_context_tokens: int
     num_evictions: int
-    def __init__(self, num_waiting: _Optional[int] = ..., num_running: _Optional[int] = ..., num_pending_prefill_tokens: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_total_blocks: _Optional[int] = ..., last_step_s: _Optional[float] = ..., num_preemptions: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_context_tokens: _Optional[int] = ..., num_evictions: _Optional[int] = ...) -> None: ...
+    speculation: SpeculationReport
+    def __init__(self, num_waiting: _Optional[int] = ..., num_running: _Optional[int] = ..., num_pending_prefill_tokens: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_total_blocks: _Optional[int] = ..., last_step_s: _Optional[float] = ..., num_preemptions: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_context_tokens: _Optional[int] = ..., num_evictions: _Optional[int] = ..., speculation: _Optional[_Union[SpeculationReport, _Mapping]] = ...) -> None: ...
+
+class SpeculationReport(_message.Message):
+    __slots__ = ("drafters", "decisions", "predicted_rate", "off_rate", "draft_version")
+    DRAFTERS_FIELD_NUMBER: _ClassVar[int]
+    DECISIONS_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_RATE_FIELD_NUMBER: _ClassVar[int]
+    OFF_RATE_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_VERSION_FIELD_NUMBER: _ClassVar[int]
+    drafters: _containers.RepeatedCompositeFieldContainer[DrafterReport]
+    decisions: _containers.RepeatedCompositeFieldContainer[SpeculationDecision]
+    predicted_rate: float
+    off_rate: float
+    draft_version: str
+    def __init__(self, drafters: _Optional[_Iterable[_Union[DrafterReport, _Mapping]]] = ..., decisions: _Optional[_Iterable[_Union[SpeculationDecision, _Mapping]]] = ..., predicted_rate: _Optional[float] = ..., off_rate: _Optional[float] = ..., draft_version: _Optional[str] = ...) -> None: ...
+
+class DrafterReport(_message.Message):
+    __slots__ = ("name", "version", "rounds", "drafted", "accepted", "emitted", "draft_s", "tried_by_depth", "accepted_by_depth", "state_bytes", "state_nodes")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    DRAFTED_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    EMITTED_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_S_FIELD_NUMBER: _ClassVar[int]
+    TRIED_BY_DEPTH_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_BY_DEPTH_FIELD_NUMBER: _ClassVar[int]
+    STATE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STATE_NODES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    version: str
+    rounds: int
+    drafted: int
+    accepted: int
+    emitted: int
+    draft_s: float
+    tried_by_depth: _containers.RepeatedScalarFieldContainer[int]
+    accepted_by_depth: _containers.RepeatedScalarFieldContainer[int]
+    state_bytes: int
+    state_nodes: int
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., rounds: _Optional[int] = ..., drafted: _Optional[int] = ..., accepted: _Optional[int] = ..., emitted: _Optional[int] = ..., draft_s: _Optional[float] = ..., tried_by_depth: _Optional[_Iterable[int]] = ..., accepted_by_depth: _Optional[_Iterable[int]] = ..., state_bytes: _Optional[int] = ..., state_nodes: _Optional[int] = ...) -> None: ...
+
+class SpeculationDecision(_message.Message):
+    __slots__ = ("drafter", "reason", "count")
+    DRAFTER_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    drafter: str
+    reason: str
+    count: int
+    def __init__(self, drafter: _Optional[str] = ..., reason: _Optional[str] = ..., count: _Optional[int] = ...) -> None: ...
 
 class RequestFailed(_message.Message):
     __slots__ = ("request_id", "reason", "message")

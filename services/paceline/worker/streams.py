@@ -22,6 +22,9 @@ class _Merged:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     target_steps: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    draft_version: str = ""
 
 
 class RequestStream:
@@ -56,6 +59,9 @@ class RequestStream:
         merged.token_ids.extend(chunk.token_ids)
         merged.logprobs.extend(chunk.logprobs)
         merged.target_steps += chunk.target_steps
+        merged.drafted_tokens += chunk.drafted_tokens
+        merged.accepted_tokens += chunk.accepted_tokens
+        merged.draft_version = chunk.draft_version or merged.draft_version
         merged.finish_reason = chunk.finish_reason or merged.finish_reason
         self._has_news.set()
 
@@ -109,6 +115,9 @@ class RequestStream:
                     logprobs=tuple(m.logprobs),
                     finish_reason=m.finish_reason,
                     target_steps=m.target_steps,
+                    drafted_tokens=m.drafted_tokens,
+                    accepted_tokens=m.accepted_tokens,
+                    draft_version=m.draft_version,
                 )
                 for index, m in chunks.items()
             ),

@@ -82,6 +82,8 @@ def test_a_member_survives_json_and_newer_writers(cost: StepCost) -> None:
         "0.1",
         model=card,
         step_cost=cost,
+        drafters=("trie", "model"),
+        draft_version="v3",
         load=Load(num_running=3),
     )
     data = json.loads(json.dumps(member.to_json()))
@@ -91,6 +93,8 @@ def test_a_member_survives_json_and_newer_writers(cost: StepCost) -> None:
     data["step_cost"]["from_the_future"] = 1
     assert Member.from_json(data) == member
     assert member.with_load(Load()).load == Load()
+    del data["drafters"], data["draft_version"]
+    assert Member.from_json(data) == replace(member, drafters=(), draft_version="")
 
 
 def test_members_without_curves_and_with_them_understand_each_other() -> None:

@@ -44,6 +44,8 @@ SPECS = st.builds(
     logprobs=COUNTS,
     n=COUNTS,
     priority=st.integers(-(2**31), 2**31 - 1),
+    speculation=st.text(min_size=1),
+    is_seed_drawn=st.booleans(),
 )
 LOGPROBS = st.builds(
     TokenLogprobs,
@@ -58,6 +60,9 @@ CHUNKS = st.builds(
     logprobs=st.lists(LOGPROBS).map(tuple),
     finish_reason=st.none() | st.sampled_from(FinishReason),
     target_steps=COUNTS,
+    drafted_tokens=COUNTS,
+    accepted_tokens=COUNTS,
+    draft_version=st.text(),
 )
 
 
@@ -95,6 +100,10 @@ def test_step_costs_survive(cost: StepCost) -> None:
 
 def test_unset_sampling_fields_get_the_defaults_of_the_contract() -> None:
     assert codec.sampling_from_proto(inference_pb2.SamplingParams()) == SamplingParams()
+
+
+def test_an_unset_speculation_mode_is_auto() -> None:
+    assert codec.spec_from_proto(worker_pb2.GenerationSpec()).speculation == "AUTO"
 
 
 def test_a_finish_reason_of_a_newer_version_reads_as_not_ended() -> None:
