@@ -18,6 +18,9 @@ class Output:
     index: int
     token_ids: list[int] = field(default_factory=list)
     target_steps: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    draft_version: str = ""
     finish_reason: FinishReason | None = None
     first_token_s: float | None = None
     """Seconds from arrival."""

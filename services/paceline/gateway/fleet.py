@@ -132,6 +132,11 @@ class FleetView:
         counts = Counter(card.kv_root for card in cards)
         return max(cards, key=lambda card: counts[card.kv_root], default=None)
 
+    def drafters(self, kv_root: bytes) -> list[str]:
+        """Return the names of drafters that decode workers of this model have, sorted."""
+        names = {name for m in self._servers(Role.DECODE, kv_root) for name in m.drafters}
+        return sorted(names)
+
     def is_suspect(self, member: Member) -> bool:
         """Whether a call to it broke a moment ago, or it did not answer since."""
         return self._suspects.is_suspect(_incarnation(member), time.monotonic())

@@ -86,6 +86,8 @@ def _member(fleet: FleetView, member: Member) -> dict[str, Any]:
         "node_id": member.node_id,
         "is_draining": member.is_draining,
         "is_suspect": fleet.is_suspect(member),
+        "drafters": list(member.drafters),
+        "draft_version": member.draft_version,
         "load": asdict(member.load),
     }
 

@@ -26,7 +26,12 @@ from paceline.gateway.steps.prefill import PrefillStep
 from paceline.gateway.steps.respond import Responder
 from paceline.gateway.steps.route import RouteStep
 from paceline.gateway.steps.tokenise import TokeniseStep
-from paceline.gateway.steps.validate import Limits, check_against_model, check_request
+from paceline.gateway.steps.validate import (
+    Limits,
+    check_against_model,
+    check_request,
+    check_speculation,
+)
 from paceline.gateway.tokenizer import ModelTokenizer
 from paceline.process.metrics import Metrics
 from paceline.v1 import inference_pb2
@@ -73,6 +78,7 @@ class Pipeline:
             check_request(ctx.request, self._limits)
             ctx.model = await self.model(ctx.request.model, tenant, ctx.remaining_s())
             check_against_model(ctx.request, ctx.model)
+            check_speculation(ctx.request.speculation.mode, self._fleet.drafters(ctx.model.kv_root))
             await self._tokenise(ctx)
             self._metrics.prompt_tokens.inc(len(ctx.tokens().prompt_token_ids))
             await self._lookup(ctx)
@@ -133,6 +139,9 @@ def _log_end(ctx: RequestContext, outcome: str) -> None:
         "prompt_tokens": len(ctx.spec.prompt_token_ids) if ctx.spec else None,
         "cached_prompt_tokens": ctx.cached_tokens,
         "completion_tokens": ctx.num_output_tokens,
+        "target_steps": sum(o.target_steps for o in ctx.outputs),
+        "drafted_tokens": sum(o.drafted_tokens for o in ctx.outputs),
+        "accepted_tokens": sum(o.accepted_tokens for o in ctx.outputs),
         "finish_reasons": [o.finish_reason.value for o in ctx.outputs if o.finish_reason],
         "prefill_worker": ctx.computed_by,
         "decode_worker": ctx.decode_worker.id if ctx.decode_worker else "",

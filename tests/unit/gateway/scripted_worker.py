@@ -194,6 +194,7 @@ class ScriptedWorker:
         load: Load | None = None,
         card: ModelCard = CARD,
         cost: StepCost = COST,
+        drafters: tuple[str, ...] = (),
     ) -> None:
         self._stage = stage
         self._membership = Membership(redis_url, fleet, lease_s=LEASE_S)
@@ -209,6 +210,7 @@ class ScriptedWorker:
             model=None if self._is_node else card,
             step_cost=None if self._is_node else cost,
             prefill_chunk_tokens=256,
+            drafters=drafters,
             load=load or Load(),
         )
         self.decode_calls: list[worker_pb2.DecodeRequest] = []

@@ -7,14 +7,19 @@ import time
 import pytest
 
 from paceline.domain.errors import InvalidRequestError
-from paceline.gateway.steps.validate import Limits, check_against_model, check_length, check_request
+from paceline.gateway.steps.validate import (
+    Limits,
+    check_against_model,
+    check_length,
+    check_request,
+    check_speculation,
+)
 from paceline.v1.inference_pb2 import (
     ChoiceList,
     GenerateRequest,
     Message,
     MessageList,
     SamplingParams,
-    SpeculationParams,
     TokenIds,
 )
 from tests.unit.gateway.scripted_worker import CARD
@@ -70,11 +75,6 @@ REFUSED: dict[str, tuple[GenerateRequest, str, list[str]]] = {
     "long-id": (ids(1, request_id="a" * 129), "request_id", ["129", "128"]),
     "control-id": (ids(1, request_id="a\nb"), "request_id", ["printable"]),
     "unicode-id": (ids(1, request_id="\u00e9"), "request_id", ["ASCII"]),
-    "drafter": (
-        GenerateRequest(prompt="x", speculation=SpeculationParams(mode="no-such")),
-        "speculation.mode",
-        ["AUTO", "OFF"],
-    ),
     "regex": (GenerateRequest(prompt="x", regex="(a+)+$" * 1000), "regex", ["not offered"]),
     "grammar": (GenerateRequest(prompt="x", grammar="root ::= root"), "grammar", ["not offered"]),
     "schema": (GenerateRequest(prompt="x", json_schema="{"), "json_schema", ["not offered"]),
@@ -137,7 +137,6 @@ ACCEPTED = {
         stop=["a" * 1024] * 64,
         stop_token_ids=[4095] * 1024,
         request_id="~" * 128,
-        speculation=SpeculationParams(mode="OFF"),
     ),
     "greedy": sampling(temperature=0),
     "tiny": sampling(temperature=1e-30, top_p=1e-30),
@@ -150,6 +149,21 @@ ACCEPTED = {
 def test_what_is_in_range_is_accepted(case: str) -> None:
     check_request(ACCEPTED[case], LIMITS)
     check_against_model(ACCEPTED[case], CARD)
+
+
+@pytest.mark.parametrize("mode", ["no-such", "auto", "off", "Off", "tri", "trie ", "medusa", "\0"])
+def test_a_drafter_that_nobody_has_is_refused_with_those_there_are(mode: str) -> None:
+    with pytest.raises(InvalidRequestError) as error:
+        check_speculation(mode, ["model", "trie"])
+    assert (error.value.field, error.value.reason) == ("speculation.mode", "invalid-argument")
+    assert error.value.message == "no such drafter; known are AUTO, OFF, model, trie"
+
+
+@pytest.mark.parametrize("mode", ["", "AUTO", "OFF", "trie", "model"])
+def test_known_speculation_modes_are_accepted(mode: str) -> None:
+    check_speculation(mode, ["model", "trie"])
+    if mode in ("", "AUTO", "OFF"):
+        check_speculation(mode, [])
 
 
 def test_a_length_is_told_with_both_numbers() -> None:

@@ -189,6 +189,7 @@ def _is_wanted(ctx: RequestContext, chunk: TokenChunk) -> bool:
         max(chunk.token_ids, default=0) >= ctx.card().vocab_size
         or len(output.token_ids) + len(chunk.token_ids) > spec.max_tokens
         or (spec.logprobs and len(chunk.logprobs) != len(chunk.token_ids))
+        or not spec.stop_token_ids.isdisjoint(chunk.token_ids[:-1])
     ):
         raise UnavailableError(f"a chunk of output {chunk.index} is wrong", reason="bad-chunk")
     if chunk.finish_reason in (FinishReason.CANCELLED, FinishReason.ERROR):

@@ -32,8 +32,7 @@ class Responder:
         output, text = self._ctx.outputs[chunk.index], self._texts[chunk.index]
         piece, used = text.push(list(chunk.token_ids))
         self._note_times(output, used)
-        output.token_ids.extend(chunk.token_ids[:used])
-        output.target_steps += chunk.target_steps
+        _book(output, chunk, used)
         response = inference_pb2.GenerateResponse(
             index=chunk.index,
             text=piece,
@@ -70,9 +69,33 @@ class Responder:
             cached_prompt_tokens=ctx.cached_tokens,
             completion_tokens=len(output.token_ids),
             target_steps=output.target_steps,
+            drafted_tokens=output.drafted_tokens,
+            accepted_tokens=output.accepted_tokens,
+            draft_version=output.draft_version,
             ttft_s=output.first_token_s or e2e_s,
             e2e_s=e2e_s,
             prefill_worker=ctx.computed_by,
             decode_worker=ctx.decode_worker.id if ctx.decode_worker is not None else "",
             migrations=ctx.migrations,
         )
+
+
+def _book(output: Output, chunk: TokenChunk, used: int) -> None:
+    """Add the first `used` tokens of a chunk to an output, and what they took.
+
+    What was drafted was drafted, used or not.
+    """
+    total = len(chunk.token_ids)
+    output.token_ids.extend(chunk.token_ids[:used])
+    output.target_steps += _share(chunk.target_steps, used, total)
+    output.accepted_tokens += _share(chunk.accepted_tokens, used, total)
+    output.drafted_tokens += chunk.drafted_tokens
+    output.draft_version = chunk.draft_version or output.draft_version
+
+
+def _share(count: int, used: int, total: int) -> int:
+    """Return how many of `count` belong to the first `used` of `total` tokens, rounded up.
+
+    Exact for the tokens of one pass: it draws the last of them, those in front were accepted.
+    """
+    return count if used == total else -(-count * used // total)

@@ -70,12 +70,16 @@ class RouteStep:
             logger.debug("routed", extra={"fields": fields})
 
     async def _decode_workers(self, ctx: RequestContext) -> list[Member]:
-        """Return candidates, once there are some; suspects only where nobody else is left."""
-        fleet, root = self._fleet, ctx.card().kv_root
+        """Return candidates, once there are some; suspects only where nobody else is left.
+
+        A drafter named by the client narrows the choice while somebody has it.
+        """
+        fleet, root, mode = self._fleet, ctx.card().kv_root, ctx.tokens().speculation
         found: list[Member] = []
 
         def is_there() -> bool:
-            found[:] = fleet.workers(Role.DECODE, root) or fleet.last_resorts(Role.DECODE, root)
+            workers = fleet.workers(Role.DECODE, root) or fleet.last_resorts(Role.DECODE, root)
+            found[:] = [w for w in workers if mode in w.drafters] or workers
             return bool(found)
 
         wait_s = min(self._settings.wait_for_worker_s, ctx.remaining_s())

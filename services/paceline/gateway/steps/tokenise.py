@@ -57,7 +57,8 @@ class TokeniseStep:
         room = model.max_context_tokens - len(ids)
         max_tokens = request.max_tokens if request.HasField("max_tokens") else None
         sampling = request.sampling
-        if not sampling.HasField("seed"):
+        is_seed_drawn = not sampling.HasField("seed")
+        if is_seed_drawn:
             sampling.seed = self._draw_seed()
         ctx.spec = GenerationSpec(
             # Drawn here: two clients may use one id, and blocks of a tail are keyed by it.
@@ -71,6 +72,8 @@ class TokeniseStep:
             logprobs=request.logprobs,
             n=request.n if request.HasField("n") else 1,
             priority=request.priority,
+            speculation=request.speculation.mode or "AUTO",
+            is_seed_drawn=is_seed_drawn,
         )
         ctx.outputs = [Output(index) for index in range(ctx.spec.n)]
 

@@ -7,6 +7,7 @@ What passes here is in the ranges that domain/request.py states; limits that nee
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from paceline.domain.errors import InvalidRequestError
@@ -20,8 +21,8 @@ MAX_LOGPROBS = 20
 MAX_MESSAGES = 4096
 MAX_ROLE_CHARS = 64
 MAX_ID_CHARS = 128
-SPECULATION_MODES = ("", "AUTO", "OFF")
-"""Drafters by name join when the build has some."""
+SPECULATION_MODES = ("AUTO", "OFF")
+"""Beside the names of drafters; unset means the first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +46,6 @@ def check_request(request: inference_pb2.GenerateRequest, limits: Limits) -> Non
     _in_range("logprobs", request.logprobs, 0, MAX_LOGPROBS)
     _in_range("priority", request.priority, -100, 100)
     check_request_id(request.request_id)
-    if request.speculation.mode not in SPECULATION_MODES:
-        raise InvalidRequestError("speculation.mode", "no such drafter; known are AUTO and OFF")
     constraint = request.WhichOneof("constraint")
     if constraint is not None:
         raise InvalidRequestError(
@@ -73,6 +72,19 @@ def check_against_model(request: inference_pb2.GenerateRequest, model: ModelCard
             )
     if request.HasField("max_tokens"):
         _in_range("max_tokens", request.max_tokens, 1, model.max_context_tokens)
+
+
+def check_speculation(mode: str, drafters: Iterable[str]) -> None:
+    """Check a speculation mode against the drafters that the fleet has; empty is fine.
+
+    Raises:
+        InvalidRequestError: nobody has that drafter; names those that are there.
+    """
+    known = (*SPECULATION_MODES, *drafters)
+    if mode and mode not in known:
+        raise InvalidRequestError(
+            "speculation.mode", f"no such drafter; known are {', '.join(known)}"
+        )
 
 
 def check_length(field: str, num_tokens: int, model: ModelCard) -> None:
