@@ -46,6 +46,10 @@ class EngineCard:
     num_kv_blocks: int
     max_context_tokens: int
     step_cost: StepCost
+    drafters: tuple[str, ...] = ()
+    """Drafters that requests may name."""
+    draft_version: str = ""
+    """Version of the draft model, if there is one."""
 
 
 def build_engine(options: EngineOptions) -> tuple[Engine, EngineCard]:

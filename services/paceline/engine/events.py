@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from paceline.domain.request import TokenChunk
 from paceline.engine.ports import StoredBlock
+from paceline.engine.spec.report import SpeculationReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,3 +78,5 @@ class EngineLoad:
     num_preemptions: int
     num_steps: int
     num_evictions: int
+    speculation: SpeculationReport | None = None
+    """The last report; None without speculation."""

@@ -9,6 +9,7 @@ from paceline.domain.request import TokenChunk
 from paceline.engine.events import EngineLoad, OutputEvent
 from paceline.engine.request import Request
 from paceline.engine.scheduler import Scheduler
+from paceline.engine.spec.report import SpeculationReport
 
 
 def step_report(request: Request, chunks: tuple[TokenChunk, ...]) -> OutputEvent:
@@ -36,7 +37,13 @@ def end_report(request: Request) -> OutputEvent:
     )
 
 
-def load_report(scheduler: Scheduler, *, last_step_s: float, num_steps: int) -> EngineLoad:
+def load_report(
+    scheduler: Scheduler,
+    *,
+    last_step_s: float,
+    num_steps: int,
+    speculation: SpeculationReport | None = None,
+) -> EngineLoad:
     """Return how busy an engine is."""
     s = scheduler
     pending = sum(max(0, q.num_remaining - 1) for q in [*s.waiting, *s.running])
@@ -51,6 +58,7 @@ def load_report(scheduler: Scheduler, *, last_step_s: float, num_steps: int) -> 
         num_preemptions=s.num_preemptions,
         num_steps=num_steps,
         num_evictions=s.pool.num_evictions,
+        speculation=speculation,
     )
 
 

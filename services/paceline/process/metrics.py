@@ -45,6 +45,7 @@ class Metrics:
         self.rpc_seconds = self._histogram("rpc_seconds", "Duration of gRPC calls", "method")
         self._declare_gateway()
         self._declare_worker()
+        self._declare_speculation()
         self._declare_kv_node()
 
     def watch_loop(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -82,6 +83,60 @@ class Metrics:
             "engine_evictions", "Cached KV blocks of the engine given up for others"
         )
         self.kv_link_up = self._gauge("kv_link_up", "1 while attached to a KV store node")
+
+    def _declare_speculation(self) -> None:
+        """Declare what drafts bring; accepted / drafted and emitted / rounds are the ratios."""
+        self.speculation_rounds = self._counter(
+            "speculation_rounds", "Drafts verified", "drafter", "version"
+        )
+        self.speculation_drafted_tokens = self._counter(
+            "speculation_drafted_tokens", "Tokens proposed", "drafter", "version"
+        )
+        self.speculation_accepted_tokens = self._counter(
+            "speculation_accepted_tokens", "Proposed tokens accepted", "drafter", "version"
+        )
+        self.speculation_emitted_tokens = self._counter(
+            "speculation_emitted_tokens",
+            "Tokens emitted by passes that verified a draft",
+            *("drafter", "version"),
+        )
+        self.speculation_draft_seconds = self._counter(
+            "speculation_draft_seconds", "Time spent on drafting", "drafter", "version"
+        )
+        self.speculation_by_version = (
+            self.speculation_rounds,
+            self.speculation_drafted_tokens,
+            self.speculation_accepted_tokens,
+            self.speculation_emitted_tokens,
+            self.speculation_draft_seconds,
+        )
+        self.speculation_decisions = self._counter(
+            "speculation_decisions", "Decisions of the controller", "drafter", "reason"
+        )
+        self.speculation_position_tried = self._counter(
+            "speculation_position_tried",
+            "Drafts with a token at this position behind an accepted one",
+            *("drafter", "position"),
+        )
+        self.speculation_position_accepted = self._counter(
+            "speculation_position_accepted",
+            "Drafts whose token at this position was accepted",
+            *("drafter", "position"),
+        )
+        self.speculation_predicted_rate = self._gauge(
+            "speculation_predicted_tokens_per_second", "What the controller's last choice promised"
+        )
+        self.speculation_off_rate = self._gauge(
+            "speculation_off_tokens_per_second", "What the same step promised without a draft"
+        )
+        self.speculation_state_bytes = self._gauge(
+            "speculation_state_bytes", "Memory of what a drafter keeps for all sequences", "drafter"
+        )
+        self.speculation_state_nodes = self._gauge(
+            "speculation_state_nodes",
+            "Entries in what a drafter keeps for all sequences",
+            "drafter",
+        )
 
     def _declare_kv_node(self) -> None:
         self.kv_node_blocks = self._gauge("kv_node_blocks", "Readable blocks")

@@ -150,6 +150,7 @@ class Presence:
             self._member,
             load=self._bridge.load,
             node_id=self._link.node_id,
+            draft_version=self._bridge.draft_version,
             is_draining=self.is_draining,
         )
 
@@ -206,6 +207,8 @@ def _member(
         model=_card(settings, ready),
         step_cost=step_cost_from_proto(ready.step_cost),
         prefill_chunk_tokens=settings.chunk_tokens,
+        drafters=tuple(ready.drafters),
+        draft_version=ready.draft_version,
     )
 
 
@@ -214,7 +217,9 @@ def _stall_s(settings: WorkerSettings, ready: engine_pb2.EngineReady) -> float:
     tokens, rows, longest = settings.chunk_tokens, settings.max_num_seqs, ready.max_context_tokens
     # Whatever the rows attend to lies in the pool.
     attended = min(rows * longest, ready.num_kv_blocks * ready.layout.block_size)
-    largest = StepShape(rows=rows, attended=attended).with_chunk(tokens, max(0, longest - tokens))
+    nodes = rows * settings.draft_nodes if ready.drafters else 0
+    decoding = StepShape(rows=rows, tree_nodes=nodes, attended=attended)
+    largest = decoding.with_chunk(tokens, max(0, longest - tokens))
     step_s = step_cost_from_proto(ready.step_cost).step_s(largest)
     return max(settings.engine_stall_s, _STALL_STEPS * step_s)
 

@@ -31,6 +31,7 @@ from paceline.process.metrics import Metrics
 from paceline.rpc import codec
 from paceline.rpc.frames import FrameReader, encode
 from paceline.v1 import engine_pb2
+from paceline.worker.speculation import SpeculationMetrics, report_from_proto
 from paceline.worker.streams import RequestStream
 
 logger = logging.getLogger(__name__)
@@ -69,7 +70,10 @@ class EngineBridge:
         self._frames = FrameReader()
         self._integrity: deque[asyncio.Future[engine_pb2.IntegrityReport]] = deque()
         self._reported = engine_pb2.EngineLoad()
+        self._speculation = SpeculationMetrics(metrics)
         self.load = Load()
+        self.draft_version = ""
+        """Version of the engine's draft model; empty without one."""
         self.on_kv_event: Callable[[engine_pb2.EngineEvent], None] = lambda event: None
         """Receives lookup, loaded and saved events; set by KvLink."""
         self.on_finished: Callable[[RequestStream], None] = RequestStream.finish
@@ -106,6 +110,7 @@ class EngineBridge:
         if event.WhichOneof("event") != "ready":
             raise UnavailableError(event.failed.message, reason=event.failed.reason)
         self._ready = event.ready
+        self.draft_version = event.ready.draft_version
         return event.ready
 
     async def run(self, stall_s: float) -> None:
@@ -325,6 +330,9 @@ class EngineBridge:
         metrics.engine_preemptions.inc(load.num_preemptions - last.num_preemptions)
         metrics.engine_evictions.inc(load.num_evictions - last.num_evictions)
         self._reported = load
+        if load.HasField("speculation"):
+            self._speculation.note(report_from_proto(load.speculation))
+            self.draft_version = load.speculation.draft_version
 
 
 def _token_ids(submit: engine_pb2.SubmitRequest) -> Iterable[int]:

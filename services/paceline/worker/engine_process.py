@@ -33,12 +33,14 @@ from paceline.engine.events import (
 )
 from paceline.engine.options import EngineOptions
 from paceline.engine.ports import Slot, StoredBlock
+from paceline.engine.spec.report import REPORT_PERIOD_S, SpeculationReport
 from paceline.kvstore.arena import ArenaView
 from paceline.process.lifecycle import die_with_parent
 from paceline.process.logs import setup_logging
 from paceline.rpc import codec
 from paceline.rpc.frames import ConnectionClosedError, FrameSocket
 from paceline.v1 import engine_pb2, kvstore_pb2
+from paceline.worker.speculation import report_to_proto
 
 logger = logging.getLogger("paceline.worker.engine_process")
 
@@ -85,6 +87,10 @@ class EngineLoop:
         self._engine = engine
         self._sock = sock
         self._reported: EngineLoad | None = None
+        self._speculation: SpeculationReport | None = None
+        """The last one sent."""
+        self._speculation_steps = 0
+        """Steps it tells of."""
 
     def run(self) -> NoReturn:
         """Loop until the socket closes (ConnectionClosedError)."""
@@ -102,7 +108,12 @@ class EngineLoop:
         if self._engine.has_work:
             return 0.0 if progressed else _STALLED_POLL_S
         deadline = self._engine.next_deadline_s()
-        return None if deadline is None else max(0.0, deadline - time.monotonic())
+        pause_s = None if deadline is None else max(0.0, deadline - time.monotonic())
+        load = self._engine.load()
+        if load.speculation is None or load.num_steps == self._speculation_steps:
+            return pause_s
+        # The next report is of the last steps.
+        return REPORT_PERIOD_S if pause_s is None else min(pause_s, REPORT_PERIOD_S)
 
     def _apply(self, command: engine_pb2.EngineCommand) -> None:
         engine = self._engine
@@ -181,10 +192,15 @@ class EngineLoop:
                     self._sock.send(engine_pb2.EngineEvent(failed=failed))
         load = self._engine.load()
         # The step's duration alone is no news.
-        comparable = replace(load, last_step_s=0.0)
-        if step.outputs or comparable != self._reported:
+        comparable = replace(load, last_step_s=0.0, speculation=None)
+        has_report = load.speculation is not self._speculation
+        if step.outputs or has_report or comparable != self._reported:
             self._reported = comparable
             step.load.CopyFrom(_load(load))
+            if has_report and load.speculation is not None:
+                step.load.speculation.CopyFrom(report_to_proto(load.speculation))
+                self._speculation_steps = load.num_steps
+            self._speculation = load.speculation
             self._sock.send(engine_pb2.EngineEvent(step=step))
 
 
@@ -224,6 +240,8 @@ def _ready(card: EngineCard) -> engine_pb2.EngineReady:
         vocab_size=config.vocab_size,
         num_kv_blocks=card.num_kv_blocks,
         step_cost=codec.step_cost_to_proto(card.step_cost),
+        drafters=card.drafters,
+        draft_version=card.draft_version,
         pid=os.getpid(),
     )
 
