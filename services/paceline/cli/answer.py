@@ -61,6 +61,9 @@ class AnswerPrinter:
         if self._has_usage:
             for index, usage in self._usages:
                 values = {"index": index, **to_json(usage)}
+                if usage.target_steps:
+                    ratio = usage.completion_tokens / usage.target_steps
+                    values["tokens_per_target_step"] = round(ratio, 3)
                 print(json.dumps(values, ensure_ascii=False), file=self._notes, flush=True)
 
     def _print_waiting(self) -> None:

@@ -49,6 +49,9 @@ class PlatformOptions:
     kv_memory_mb: int | None = None
     max_num_seqs: int | None = None
     threads: int | None = None
+    draft: str | None = None
+    drafters: str | None = None
+    verifier: str | None = None
     arena_mb: int | None = None
     kv_transport: str | None = None
     log_level: str | None = None
@@ -115,6 +118,9 @@ def plan_fleet(
         "kv-memory-mb": options.kv_memory_mb,
         "max-num-seqs": options.max_num_seqs,
         "threads": options.threads,
+        "draft": options.draft,
+        "drafters": options.drafters,
+        "verifier": options.verifier,
     }
     workers = tuple(
         ChildSpec(

@@ -41,6 +41,7 @@ class GenerateOptions:
     n: int | None = None
     logprobs: int | None = None
     ignore_eos: bool = False
+    speculation: str = ""
 
 
 def build_request(options: GenerateOptions) -> inference_pb2.GenerateRequest:
@@ -65,6 +66,8 @@ def build_request(options: GenerateOptions) -> inference_pb2.GenerateRequest:
             logprobs=options.logprobs or 0,
             ignore_eos=options.ignore_eos,
         )
+        if options.speculation:
+            request.speculation.mode = options.speculation
         if options.is_chat:
             message = inference_pb2.Message(role="user", content=options.prompt)
             request.messages.messages.append(message)
@@ -100,6 +103,9 @@ def generate(
         int | None, typer.Option(help="Report the k most likely tokens.", rich_help_panel=_OUTPUT)
     ] = None,
     ignore_eos: Annotated[bool, typer.Option(help="Go on after the model's end.")] = False,
+    speculation: Annotated[
+        str, typer.Option(help="AUTO, OFF or the name of a drafter.", rich_help_panel=_SAMPLING)
+    ] = "",
     api_key: Annotated[
         str | None, typer.Option(envvar="PACELINE_API_KEY", show_envvar=True)
     ] = None,
@@ -128,6 +134,7 @@ def generate(
                 n=n,
                 logprobs=logprobs,
                 ignore_eos=ignore_eos,
+                speculation=speculation,
             )
         )
         if isinstance(sys.stdout, io.TextIOWrapper):

@@ -17,6 +17,7 @@ from paceline.process.logs import setup_logging
 
 _FLEET = "Fleet"
 _ENGINE = "Engine"
+_SPECULATION = "Speculative decoding"
 _STORE = "KV store"
 _OPERATION = "Operation"
 
@@ -94,6 +95,26 @@ def up(
     kv_memory_mb: Annotated[
         int | None, typer.Option(min=1, help="KV memory per worker.", rich_help_panel=_ENGINE)
     ] = None,
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            help="Directory of a small model that drafts, or none; MODEL/draft by default.",
+            envvar="PACELINE_DRAFT",
+            show_default=False,
+            rich_help_panel=_SPECULATION,
+        ),
+    ] = None,
+    drafters: Annotated[
+        str | None,
+        typer.Option(help="Who may draft: a,b or none.", rich_help_panel=_SPECULATION),
+    ] = None,
+    verifier: Annotated[
+        str | None,
+        typer.Option(
+            help="coupled (same tokens) or rejection (same distribution).",
+            rich_help_panel=_SPECULATION,
+        ),
+    ] = None,
     redis_url: Annotated[
         str | None,
         typer.Option(
@@ -159,6 +180,9 @@ def up(
             kv_memory_mb=kv_memory_mb,
             max_num_seqs=max_num_seqs,
             threads=threads,
+            draft=find_draft(draft),
+            drafters=drafters,
+            verifier=verifier,
             arena_mb=arena_mb,
             kv_transport=kv_transport,
             log_level=log_level,
@@ -190,6 +214,17 @@ def find_model(model: Path | None) -> Path:
         if (demo / "config.json").is_file():
             return demo
     raise CommandError("no models/demo here; name a checkpoint directory with --model")
+
+
+def find_draft(draft: str | None) -> str | None:
+    """Return what was named.
+
+    Raises:
+        CommandError: it is no checkpoint.
+    """
+    if draft in (None, "", "none") or (Path(draft) / "config.json").is_file():
+        return draft
+    raise CommandError(f"--draft: {draft} holds no config.json, so it is no checkpoint")
 
 
 def _require_parent(path: Path | None) -> None:

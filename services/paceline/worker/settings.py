@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
+from paceline.domain.member import Role
 from paceline.engine.options import EngineOptions
 from paceline.process.settings import ServiceSettings
+
+NONE = "none"
+"""Means nothing, where an empty value means the default."""
 
 
 class WorkerSettings(ServiceSettings):
@@ -43,6 +48,23 @@ class WorkerSettings(ServiceSettings):
     """Most requests that the worker carries, waiting ones included; more are refused."""
     threads: int = Field(default=1, ge=1)
     """Compute threads of the engine."""
+    drafters: str = "trie,recycling,model"
+    """Who may draft for speculative decoding, names by comma; `none` turns it off. `model` and
+    `medusa` take part once there are weights. Prefill workers never draft."""
+    draft: str = ""
+    """Directory of the small model that drafts; empty takes `draft` in the checkpoint's directory
+    if that exists, `none` has no such model."""
+    medusa: str = ""
+    """Directory of Medusa heads for the model; empty has none."""
+    draft_nodes: int = Field(default=16, ge=1, le=256)
+    """Most tokens drafted for a sequence per step; the controller chooses how many."""
+    draft_depth: int = Field(default=8, ge=1, le=64)
+    """Most tokens that one step may bring from a draft."""
+    draft_builder: Literal["chain", "static", "dynamic", "rsd-c", "rsd-s"] = "dynamic"
+    """How trees of a drafting model grow."""
+    verifier: Literal["coupled", "rejection"] = "coupled"
+    """`coupled`: tokens are those that come without speculation. `rejection`: equal in
+    distribution only, for requests without a seed; those with one stay coupled."""
     engine_stall_s: float = Field(default=30.0, gt=0)
     """Seconds without a sign of life after which the engine counts as hung and the worker
     ends; never below the time of ten predicted full steps."""
@@ -54,6 +76,7 @@ class WorkerSettings(ServiceSettings):
 
     def engine_options(self) -> EngineOptions:
         """Return what the engine process needs to know."""
+        drafters = () if self.role == Role.PREFILL.value else _names(self.drafters)
         return EngineOptions(
             model=self.model,
             dtype=self.dtype,
@@ -64,4 +87,26 @@ class WorkerSettings(ServiceSettings):
             mixed_step_ratio=self.mixed_step_ratio,
             max_num_seqs=self.max_num_seqs,
             threads=self.threads,
+            drafters=drafters,
+            draft=_draft_directory(self.draft, self.model) if drafters else None,
+            medusa=self.medusa or None if drafters else None,
+            draft_nodes=self.draft_nodes,
+            draft_depth=self.draft_depth,
+            draft_builder=self.draft_builder,
+            verifier=self.verifier,
         )
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """Return the names in a comma-separated list, each once."""
+    if text == NONE:
+        return ()
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def _draft_directory(draft: str, model: str) -> str | None:
+    """Return where the drafting model is, if there is one."""
+    if draft == NONE:
+        return None
+    beside = Path(model) / "draft"
+    return draft or (str(beside) if beside.is_dir() else None)

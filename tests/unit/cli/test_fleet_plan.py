@@ -90,6 +90,9 @@ def test_set_options_reach_the_services() -> None:
             kv_memory_mb=64,
             max_num_seqs=7,
             threads=2,
+            draft="none",
+            drafters="trie",
+            verifier="rejection",
             arena_mb=33,
             kv_transport="grpc",
             log_level="DEBUG",
@@ -113,6 +116,12 @@ def test_set_options_reach_the_services() -> None:
         "kv_memory_mb": 64,
         "max_num_seqs": 7,
         "threads": 2,
+    }
+    decode = settings_of(fleet.workers[-1], WorkerSettings)
+    assert decode.model_dump(include={"draft", "drafters", "verifier"}) == {
+        "draft": "none",
+        "drafters": "trie",
+        "verifier": "rejection",
     }
     node = settings_of(fleet.kv_nodes[0], KvNodeSettings)
     assert node.model_dump(include={"arena_mb", "transport", "drain_grace_s"}) == {

@@ -202,6 +202,12 @@ def test_only_what_was_set_is_sent() -> None:
     assert not request.sampling.HasField("top_p")
     assert not request.HasField("max_tokens")
     assert not request.HasField("n")
+    assert not request.HasField("speculation")
+
+
+def test_a_speculation_mode_is_sent_as_it_was_written() -> None:
+    request = build_request(GenerateOptions(prompt="hi", speculation="trie"))
+    assert request.speculation.mode == "trie"
 
 
 @pytest.mark.parametrize(
@@ -249,6 +255,17 @@ def test_a_broken_answer_still_prints_what_arrived() -> None:
     printer.push(response(1, "one"))
     printer.close()
     assert out.getvalue() == "[0] zero\n[1] one\n"
+
+
+@pytest.mark.parametrize(("steps", "shown"), [(3, 2.667), (8, 1.0), (0, None)])
+def test_usage_tells_the_tokens_per_target_step(steps: int, shown: float | None) -> None:
+    notes = io.StringIO()
+    printer = AnswerPrinter(io.StringIO(), notes, has_usage=True)
+    last = response(0, "x", is_last=True)
+    last.usage.completion_tokens, last.usage.target_steps = 8, steps
+    printer.push(last)
+    printer.close()
+    assert json.loads(notes.getvalue()).get("tokens_per_target_step") == shown
 
 
 def test_json_is_one_object_per_message_with_the_names_of_the_contract() -> None:

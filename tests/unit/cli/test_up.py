@@ -16,7 +16,7 @@ from paceline.cli.ports import free_port, require_free
 from paceline.cli.readiness import raise_if_failing, unready
 from paceline.cli.ready_file import write_ready_file
 from paceline.cli.supervisor import Supervisor
-from paceline.cli.up import find_model
+from paceline.cli.up import find_draft, find_model
 from paceline.domain.member import Member, Role
 from tests.checkpoints import DEMO
 from tests.unit.cli.conftest import python_child
@@ -135,6 +135,12 @@ def test_the_demo_model_is_the_default() -> None:
 def test_a_directory_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CommandError, match=r"holds no config\.json"):
         find_model(tmp_path)
+
+
+def test_a_draft_is_a_checkpoint_or_none(tmp_path: Path) -> None:
+    assert [find_draft(draft) for draft in (None, "none", str(DEMO))] == [None, "none", str(DEMO)]
+    with pytest.raises(CommandError, match=r"--draft: .* holds no config\.json"):
+        find_draft(str(tmp_path))
 
 
 def test_a_free_port_is_accepted_and_so_is_any_port() -> None:
