@@ -82,6 +82,9 @@ class Curve:
         return seconds[i - 1] + slope * (count - counts[i - 1])
 
 
+NO_CURVE = Curve((0,), (0.0,))
+
+
 @dataclass(frozen=True, slots=True)
 class StepCurves:
     """Step time by parts: all tokens + decoding rows + attention of rows and of chunks.
@@ -102,7 +105,7 @@ class StepCurves:
     """Seconds per token of KV that chunks read."""
     prefill_context_s: float
     """Seconds per token of context of chunks."""
-    nodes: Curve = Curve((0,), (0.0,))
+    nodes: Curve = NO_CURVE
     """What draft tokens add beyond being tokens: drawing, mostly."""
     node_context_s: float = 0.0
     """Seconds per token of context of draft tokens."""
@@ -184,17 +187,18 @@ class StepCost:
 
 
 def _curves_from_json(data: dict[str, Any]) -> StepCurves:
-    tokens, rows, contexts, nodes = (
-        Curve(tuple(map(int, data[k]["counts"])), tuple(map(float, data[k]["seconds"])))
-        for k in ("tokens", "rows", "contexts", "nodes")
-    )
+    def curve(name: str) -> Curve:
+        points = data[name]
+        return Curve(tuple(map(int, points["counts"])), tuple(map(float, points["seconds"])))
+
     return StepCurves(
-        tokens=tokens,
-        rows=rows,
-        contexts=contexts,
+        tokens=curve("tokens"),
+        rows=curve("rows"),
+        contexts=curve("contexts"),
         prefill_row_s=float(data["prefill_row_s"]),
         prefill_read_s=float(data["prefill_read_s"]),
         prefill_context_s=float(data["prefill_context_s"]),
-        nodes=nodes,
-        node_context_s=float(data["node_context_s"]),
+        # Members of a version without drafts do not tell.
+        nodes=curve("nodes") if "nodes" in data else NO_CURVE,
+        node_context_s=float(data.get("node_context_s", 0.0)),
     )

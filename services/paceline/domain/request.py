@@ -61,9 +61,6 @@ class GenerationSpec:
     logprobs: int = 0
     n: int = 1
     priority: int = 0
-    is_seeded: bool = True
-    """Whether the client gave the seed: then output is reproducible token for token, with
-    speculation and without."""
     speculation: str = "AUTO"
     """"AUTO", "OFF", or the name of the one drafter to use; an engine without it uses none."""
     is_seed_drawn: bool = False

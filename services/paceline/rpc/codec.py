@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from paceline.domain.cost import Curve, StepCost, StepCurves
+from paceline.domain.cost import NO_CURVE, Curve, StepCost, StepCurves
 from paceline.domain.request import (
     FinishReason,
     GenerationSpec,
@@ -172,6 +172,8 @@ def _curves_to_proto(curves: StepCurves) -> engine_pb2.StepCurves:
         prefill_row_s=curves.prefill_row_s,
         prefill_read_s=curves.prefill_read_s,
         prefill_context_s=curves.prefill_context_s,
+        nodes=_curve_to_proto(curves.nodes),
+        node_context_s=curves.node_context_s,
     )
 
 
@@ -183,6 +185,8 @@ def _curves_from_proto(message: engine_pb2.StepCurves) -> StepCurves:
         prefill_row_s=message.prefill_row_s,
         prefill_read_s=message.prefill_read_s,
         prefill_context_s=message.prefill_context_s,
+        nodes=_curve_from_proto(message.nodes) if message.HasField("nodes") else NO_CURVE,
+        node_context_s=message.node_context_s,
     )
 
 

@@ -159,20 +159,24 @@ class StepCost(_message.Message):
     def __init__(self, base_s: _Optional[float] = ..., row_s: _Optional[float] = ..., token_s: _Optional[float] = ..., context_s: _Optional[float] = ..., curves: _Optional[_Union[StepCurves, _Mapping]] = ...) -> None: ...
 
 class StepCurves(_message.Message):
-    __slots__ = ("tokens", "rows", "contexts", "prefill_row_s", "prefill_context_s", "prefill_read_s")
+    __slots__ = ("tokens", "rows", "contexts", "prefill_row_s", "prefill_context_s", "prefill_read_s", "nodes", "node_context_s")
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     CONTEXTS_FIELD_NUMBER: _ClassVar[int]
     PREFILL_ROW_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_CONTEXT_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_READ_S_FIELD_NUMBER: _ClassVar[int]
+    NODES_FIELD_NUMBER: _ClassVar[int]
+    NODE_CONTEXT_S_FIELD_NUMBER: _ClassVar[int]
     tokens: Curve
     rows: Curve
     contexts: Curve
     prefill_row_s: float
     prefill_context_s: float
     prefill_read_s: float
-    def __init__(self, tokens: _Optional[_Union[Curve, _Mapping]] = ..., rows: _Optional[_Union[Curve, _Mapping]] = ..., contexts: _Optional[_Union[Curve, _Mapping]] = ..., prefill_row_s: _Optional[float] = ..., prefill_context_s: _Optional[float] = ..., prefill_read_s: _Optional[float] = ...) -> None: ...
+    nodes: Curve
+    node_context_s: float
+    def __init__(self, tokens: _Optional[_Union[Curve, _Mapping]] = ..., rows: _Optional[_Union[Curve, _Mapping]] = ..., contexts: _Optional[_Union[Curve, _Mapping]] = ..., prefill_row_s: _Optional[float] = ..., prefill_context_s: _Optional[float] = ..., prefill_read_s: _Optional[float] = ..., nodes: _Optional[_Union[Curve, _Mapping]] = ..., node_context_s: _Optional[float] = ...) -> None: ...
 
 class Curve(_message.Message):
     __slots__ = ("counts", "seconds")

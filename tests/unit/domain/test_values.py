@@ -21,6 +21,8 @@ CURVED = replace(
         prefill_row_s=1e-4,
         prefill_read_s=1e-6,
         prefill_context_s=1e-8,
+        nodes=Curve((0, 8), (0.0, 1e-4)),
+        node_context_s=2e-8,
     ),
 )
 
@@ -62,8 +64,8 @@ def test_what_is_no_curve_is_refused(counts: tuple[int, ...], seconds: tuple[flo
 
 
 def test_a_step_costs_the_sum_of_its_parts() -> None:
-    shape = StepShape(rows=4, tree_nodes=8, attended=550).with_chunk(4, 6)
-    parts = [1.5e-3, 2e-4, 5.05e-4, 1e-4, 10 * 1e-6, 34 * 1e-8]
+    shape = StepShape(rows=4, tree_nodes=8, attended=550, tree_attended=1100).with_chunk(4, 6)
+    parts = [1.5e-3, 2e-4, 5.05e-4, 1e-4, 10 * 1e-6, 34 * 1e-8, 1e-4, 1100 * 2e-8]
     assert CURVED.step_s(shape) == pytest.approx(sum(parts))
 
 

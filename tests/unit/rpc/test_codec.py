@@ -69,7 +69,7 @@ CHUNKS = st.builds(
 CURVES = st.dictionaries(COUNTS, DOUBLES, min_size=1).map(
     lambda points: Curve(tuple(sorted(points)), tuple(points[n] for n in sorted(points)))
 )
-CURVED = st.builds(StepCurves, CURVES, CURVES, CURVES, DOUBLES, DOUBLES, DOUBLES)
+CURVED = st.builds(StepCurves, CURVES, CURVES, CURVES, DOUBLES, DOUBLES, DOUBLES, CURVES, DOUBLES)
 
 
 @settings(max_examples=40)

@@ -173,7 +173,7 @@ def _requests(
             cache_salt=f"{tenant}".encode(),
             ignore_eos=options.ignore_eos,
             speculation=mode,
-            is_seeded=options.verifier == "coupled",
+            is_seed_drawn=options.verifier == "rejection",
         )
 
 
