@@ -169,9 +169,8 @@ inline void attend_paths(const Work& w, int begin, int end, int at) {
   const Context& c = w.c;
   const Tree& tree = *c.tree;
   const int kv_head = w.tiles[begin].kv_head, front = tree.begin > at ? tree.begin - at : 0;
-  KvBlock block = empty_copy(c, w.scratch);
+  KvBlock block = open_front(c, at, front, kv_head, w.scratch);
   const Ahead ahead = nothing_ahead(block);
-  for (int t = 0; t < front; ++t) copy_token(c, at + t, kv_head, t, w.scratch);
   int changed = 0;  // first token that `arranged` does not have yet
   for (const TreePath& path : tree.paths) {
     const int left = tree.begin + int(path.entries.size()) - at;

@@ -116,27 +116,40 @@ inline void copy_token(const Context& c, int from, int kv_head, int to, Attentio
   std::memcpy(scratch.value_copy.data() + at, c.token(from, kv_head, true), bytes);
 }
 
+// Whether tiles of 16 tokens lie in their pages as products read them.
+inline bool is_read_in_place(const AttentionShape& s) {
+  return s.block_size % 16 == 0 && s.head_size == padded_head(s);
+}
+
+// Makes the first `count` tokens from `begin` readable, those of the last tile as copies, and leaves
+// the rest of the block to be filled.
+inline KvBlock open_front(const Context& c, int begin, int count, int kv_head,
+                          AttentionScratch& scratch) {
+  KvBlock block = empty_copy(c, scratch);
+  block.tokens = count;
+  int copied = 0;
+  for (; is_read_in_place(c.shape) && copied + 16 <= count; copied += 16) {
+    block.keys[copied / 16] = c.token(begin + copied, kv_head, false);
+    block.values[copied / 16] = c.token(begin + copied, kv_head, true);
+  }
+  for (int t = copied; t < count; ++t) copy_token(c, begin + t, kv_head, t, scratch);
+  return block;
+}
+
 // Makes 64 tokens from `begin` readable. Only what the context does not reach, and what a tile
 // cannot read in place, is copied; tokens behind the context become zeros, for pages may hold
 // anything there.
 inline KvBlock open_block(const Context& c, int begin, int kv_len, int kv_head,
                           AttentionScratch& scratch) {
-  const AttentionShape& s = c.shape;
-  const int tokens = kv_len - begin < kKvBlock ? kv_len - begin : kKvBlock;
-  const bool is_whole = s.block_size % 16 == 0 && tokens == kKvBlock;
+  if (kv_len - begin < kKvBlock) return open_front(c, begin, kv_len - begin, kv_head, scratch);
+  if (!is_read_in_place(c.shape)) return open_front(c, begin, kKvBlock, kv_head, scratch);
   KvBlock block;
-  if (is_whole && s.head_size == padded_head(s)) {
-    block.key_stride = ptrdiff_t(s.head_size) * c.element();
-    block.tokens = tokens;
-    for (int t = 0; t < kKvBlock / 16; ++t) {
-      block.keys[t] = c.token(begin + 16 * t, kv_head, false);
-      block.values[t] = c.token(begin + 16 * t, kv_head, true);
-    }
-    return block;
+  block.key_stride = ptrdiff_t(c.shape.head_size) * c.element();
+  block.tokens = kKvBlock;
+  for (int t = 0; t < kKvBlock / 16; ++t) {
+    block.keys[t] = c.token(begin + 16 * t, kv_head, false);
+    block.values[t] = c.token(begin + 16 * t, kv_head, true);
   }
-  block = empty_copy(c, scratch);
-  block.tokens = tokens;
-  for (int t = 0; t < tokens; ++t) copy_token(c, begin + t, kv_head, t, scratch);
   return block;
 }
 

@@ -159,8 +159,8 @@ inline void values_amx(const uint8_t* values, const uint8_t* weights, int padded
 
 #endif
 
-// Values in the order of the product with weights, from the token `first` on; float32 is read in
-// place.
+// Values in the order of the product with weights, from the token `first` on as far as the product
+// reads them; float32 is read in place.
 inline void arrange_values(const KvBlock& block, int padded, int first, uint8_t* out) {
   const auto pair = [&](int p, int d) {
     const uint8_t* tile = block.values[p / 8] + (2 * p % 16) * block.key_stride + 2 * d;
@@ -176,7 +176,7 @@ inline void arrange_values(const KvBlock& block, int padded, int first, uint8_t*
     }
   }
 #else
-  for (int p = first / 2; p < kKvBlock / 2; ++p) {
+  for (int p = first / 2; p < (block.tokens + 1) / 2; ++p) {
     for (int d = 0; d < padded; d += 16) {
       const u32x16 words = pair(p, d);
       std::memcpy(out + (size_t(p) * padded + d) * 4, &words, sizeof words);
@@ -240,7 +240,11 @@ void attend_block(const Context& c, const KvBlock& block, int used, const Ahead&
     return p;
   };
   uint8_t* weights = scratch.weights.data();
+#if defined(__AMX_TILE__)
   const int stop = s.kv_type == Type::kF32 ? used : kKvBlock;
+#else
+  const int stop = used;
+#endif
   for (int t = 0; t < stop; t += 4) {
     const f32x16 p[4] = {weight(t, 0), weight(t + 1, 1), weight(t + 2, 2), weight(t + 3, 3)};
     for (int i = 0; i < 4; ++i) fetch_row(ahead.values, t + i);
@@ -271,7 +275,7 @@ void attend_block(const Context& c, const KvBlock& block, int used, const Ahead&
 #if defined(__AMX_TILE__)
     values_amx(values, weights, padded, state.values);
 #else
-    values_bf16(values, kKvBlock / 2, weights, padded, state.values, ahead);
+    values_bf16(values, (used + 1) / 2, weights, padded, state.values, ahead);
 #endif
   }
 }
