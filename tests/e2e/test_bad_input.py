@@ -135,6 +135,14 @@ BAD_REQUESTS = {
         GenerateRequest(prompt="x", speculation=SpeculationParams(mode="no-such")),
         "speculation.mode",
     ),
+    "mode-in-small-letters": (
+        GenerateRequest(prompt="x", speculation=SpeculationParams(mode="auto")),
+        "speculation.mode",
+    ),
+    "long-mode": (
+        GenerateRequest(prompt="x", speculation=SpeculationParams(mode="a" * 100_000)),
+        "speculation.mode",
+    ),
     "long-request-id": (GenerateRequest(prompt="x", request_id="a" * 1000), "request_id"),
     "control-in-request-id": (GenerateRequest(prompt="x", request_id="a\nb"), "request_id"),
 }

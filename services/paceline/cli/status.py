@@ -95,10 +95,13 @@ def render(data: dict[str, Any]) -> RenderableType:
         table.add_column(name, no_wrap=True)
     for name in ("run", "wait", "prefill", "KV", "context"):
         table.add_column(name, justify="right", no_wrap=True)
-    for member in data.get("members") or []:
+    members = data.get("members") or []
+    for member in members:
         table.add_row(*_row(member))
     units = "run, wait: sequences   prefill, context: tokens   KV: share of blocks in use"
-    return Group(Text(head), table, Text(units, style="dim"))
+    accepted = [text for text in map(_accepted, members) if text]
+    drafts = [Text(f"drafts accepted: {', '.join(accepted)}")] if accepted else []
+    return Group(Text(head), table, *drafts, Text(units, style="dim"))
 
 
 def _row(member: dict[str, Any]) -> list[str]:
@@ -122,3 +125,10 @@ def _row(member: dict[str, Any]) -> list[str]:
         f"{used_ratio:.0%}",
         str(load.get("context_tokens", 0)),
     ]
+
+
+def _accepted(member: dict[str, Any]) -> str:
+    """Return the share of a worker's drafts that were accepted; empty without drafts."""
+    load = member.get("load") or {}
+    drafted = load.get("drafted_tokens", 0)
+    return f"{member.get('id')} {load.get('accepted_tokens', 0) / drafted:.0%}" if drafted else ""

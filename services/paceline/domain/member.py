@@ -46,6 +46,10 @@ class Load:
     free_blocks: int = 0
     total_blocks: int = 0
     context_tokens: int = 0
+    drafted_tokens: int = 0
+    """Draft tokens verified since the worker's start."""
+    accepted_tokens: int = 0
+    """Those that were accepted."""
 
 
 @dataclass(frozen=True, slots=True)

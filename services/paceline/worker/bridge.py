@@ -312,6 +312,10 @@ class EngineBridge:
         self._note_load(step.load)
 
     def _note_load(self, load: engine_pb2.EngineLoad) -> None:
+        if load.HasField("speculation"):
+            self._speculation.note(report_from_proto(load.speculation))
+            self.draft_version = load.speculation.draft_version
+        report = self._speculation.last
         self.load = Load(
             num_waiting=load.num_waiting,
             num_running=load.num_running,
@@ -319,6 +323,8 @@ class EngineBridge:
             free_blocks=load.num_free_blocks,
             total_blocks=load.num_total_blocks,
             context_tokens=load.num_context_tokens,
+            drafted_tokens=sum(drafter.drafted for drafter in report.drafters),
+            accepted_tokens=sum(drafter.accepted for drafter in report.drafters),
         )
         metrics, last = self._metrics, self._reported
         metrics.engine_waiting.set(load.num_waiting)
@@ -330,9 +336,6 @@ class EngineBridge:
         metrics.engine_preemptions.inc(load.num_preemptions - last.num_preemptions)
         metrics.engine_evictions.inc(load.num_evictions - last.num_evictions)
         self._reported = load
-        if load.HasField("speculation"):
-            self._speculation.note(report_from_proto(load.speculation))
-            self.draft_version = load.speculation.draft_version
 
 
 def _token_ids(submit: engine_pb2.SubmitRequest) -> Iterable[int]:

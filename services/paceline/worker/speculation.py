@@ -48,22 +48,23 @@ class SpeculationMetrics:
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
-        self._last = SpeculationReport()
+        self.last = SpeculationReport()
+        """The latest report."""
         self._versions: dict[str, list[str]] = {}
         """By drafter, those that have series; the present one last."""
 
     def note(self, report: SpeculationReport) -> None:
         """Take the next report; its news count for the versions it names."""
-        last = {drafter.name: drafter for drafter in self._last.drafters}
+        last = {drafter.name: drafter for drafter in self.last.drafters}
         for drafter in report.drafters:
             self._note_version(drafter.name, drafter.version)
             self._note_drafter(drafter, last.get(drafter.name) or DrafterReport(drafter.name))
         for (name, reason), count in report.decisions.items():
-            more = count - self._last.decisions.get((name, reason), 0)
+            more = count - self.last.decisions.get((name, reason), 0)
             self._metrics.speculation_decisions.labels(name, reason).inc(max(0, more))
         self._metrics.speculation_predicted_rate.set(report.predicted_rate)
         self._metrics.speculation_off_rate.set(report.off_rate)
-        self._last = report
+        self.last = report
 
     def _note_drafter(self, now: DrafterReport, last: DrafterReport) -> None:
         metrics, labels = self._metrics, (now.name, now.version)

@@ -103,6 +103,14 @@ def test_the_table_fits_a_terminal_and_says_who_does_what() -> None:
     ]
 
 
+def test_a_worker_that_drafts_tells_what_was_accepted() -> None:
+    assert "accepted:" not in [word for line in shown(STATUS) for word in line]
+    drafts = {**LOAD, "drafted_tokens": 800, "accepted_tokens": 496}
+    members = [{**STATUS["members"][0], "load": drafts}, STATUS["members"][1]]
+    *_, line, _ = shown({**STATUS, "members": members})
+    assert line == ["drafts", "accepted:", "decode-0", "62%"]
+
+
 def test_a_fleet_without_anything_still_shows() -> None:
     head, *_ = shown({"version": "0.1.0", "model": None, "has_redis": False, "members": []})
     assert head == ["paceline", "0.1.0", "model", "none", "redis", "down"]

@@ -18,6 +18,7 @@ from paceline.engine.spec.report import (
 )
 from paceline.process.metrics import Metrics
 from paceline.v1 import engine_pb2
+from paceline.worker.bridge import EngineBridge
 from paceline.worker.speculation import (
     MAX_POSITIONS,
     MAX_VERSIONS,
@@ -152,3 +153,15 @@ def test_odd_rates_do_no_harm(value: float) -> None:
     got: Any = samples(metrics)
     assert got["predicted_tokens_per_second",] == value
     assert got["drafted_tokens_total", "trie", ""] == 20, "counters never fall"
+
+
+def test_the_load_of_a_worker_tells_what_was_accepted() -> None:
+    bridge = EngineBridge(Metrics("test"), max_requests=1)
+    load = engine_pb2.EngineLoad(num_running=1, num_steps=1)
+    load.speculation.CopyFrom(report_to_proto(REPORT))
+    bridge._note_load(load)
+    assert (bridge.load.drafted_tokens, bridge.load.accepted_tokens) == (80, 37)
+    assert bridge.draft_version == "v1"
+    # Most loads come without a report.
+    bridge._note_load(engine_pb2.EngineLoad(num_running=2, num_steps=2))
+    assert (bridge.load.num_running, bridge.load.drafted_tokens) == (2, 80)
