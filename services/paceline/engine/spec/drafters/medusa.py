@@ -1,0 +1,238 @@
+"""Drafts with heads on the target's last hidden state (Medusa): no model of its own, no KV.
+
+    tokens        ... t      t+1 = root      t+2        t+3
+    from h_t                 the LM head     head 1     head 2
+                             (drawn)         depth 1    depth 2 of the tree
+
+No head sees what another one proposes, so one pass brings the candidates of all depths, the
+same ones behind every node of a depth. Cai et al. 2024, sections 2.1 and 2.3; what a candidate
+is worth is counted per head instead of measured once.
+
+Shape legend: S sequences, K heads, E hidden size, V vocabulary, C candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from paceline.engine.models.config import ModelConfig, UnsupportedModelError, load_model_config
+from paceline.engine.spec.calibration import Calibration
+from paceline.engine.spec.drafter import DraftBudget, DraftContext, DrafterNeeds, Round
+from paceline.engine.spec.drafters.medusa_file import MedusaConfig, MedusaHead, load_medusa
+from paceline.engine.spec.growth import Candidates, TreeBuilder
+from paceline.engine.spec.tree import EMPTY_TREE, ROOT, DraftTree
+from paceline.engine.weights import load_tensors, model_digest
+
+NUM_CANDIDATES = 10
+"""Best tokens of a head; the paper's trees use no more."""
+_VERSION_DIGITS = 12
+
+
+class MedusaHeads:
+    """The heads' products."""
+
+    def __init__(
+        self, config: MedusaConfig, heads: Sequence[MedusaHead], lm_head_VE: torch.Tensor
+    ) -> None:
+        """Join the heads' weights.
+
+        Args:
+            config: their sizes.
+            heads: their tensors.
+            lm_head_VE: the target's, for heads that have none of their own.
+        """
+        self.num_heads = config.num_heads
+        self._blocks = [
+            (
+                torch.stack([head.blocks[i][0].float().t() for head in heads]).contiguous(),
+                torch.stack([head.blocks[i][1].float() for head in heads])[:, None],
+            )
+            for i in range(config.num_layers)
+        ]
+        # bf16 halves what a row reads; the sums are float32.
+        self._heads = [
+            None if head.head_VE is None else head.head_VE.bfloat16().contiguous() for head in heads
+        ]
+        self._lm_head_VE = lm_head_VE.bfloat16().contiguous()
+
+    def logits(self, hidden_SE: torch.Tensor) -> torch.Tensor:
+        """Return what each head says of each sequence, float32 [S, K, V]."""
+        x_KSE = hidden_SE.float().expand(self.num_heads, *hidden_SE.shape)
+        for weight_KEE, bias_K1E in self._blocks:
+            x_KSE = x_KSE + F.silu(torch.baddbmm(bias_K1E, x_KSE, weight_KEE))
+        x_KSE = x_KSE.bfloat16()
+        if all(head_VE is None for head_VE in self._heads):
+            return F.linear(x_KSE, self._lm_head_VE).float().transpose(0, 1)
+        parts = [
+            F.linear(x_SE, self._lm_head_VE if head_VE is None else head_VE)
+            for x_SE, head_VE in zip(x_KSE, self._heads, strict=True)
+        ]
+        return torch.stack(parts, dim=1).float()
+
+
+@dataclass(slots=True)
+class _State:
+    """What is known of a sequence between two rounds."""
+
+    length: int
+    """Tokens of the sequence whose last but one the hidden state is of."""
+    hidden_E: torch.Tensor
+    candidates: list[Candidates] | None = None
+    """By head, with the heads' own probabilities; None until there was a draft."""
+
+
+class MedusaDrafter:
+    """Heads, and how often they have been right."""
+
+    name = "medusa"
+    needs = DrafterNeeds(hidden=True)
+
+    def __init__(self, heads: MedusaHeads, *, version: str, builder: TreeBuilder) -> None:
+        """Draft with heads.
+
+        Args:
+            heads: computes them.
+            version: their version.
+            builder: the shape of trees; one that picks the best nodes first fits.
+        """
+        self.version = version
+        self._heads = heads
+        self._builder = builder
+        self._states: dict[int, _State] = {}
+        self._worth = [Calibration() for _ in range(heads.num_heads)]
+
+    def swap(self, heads: MedusaHeads, version: str) -> None:
+        """Draft with other heads from the next round on."""
+        self._heads, self.version = heads, version
+        self._worth = [Calibration() for _ in range(heads.num_heads)]
+        for state in self._states.values():
+            state.candidates = None
+
+    @torch.inference_mode()
+    def propose(
+        self, contexts: Sequence[DraftContext], budgets: Sequence[DraftBudget]
+    ) -> list[DraftTree]:
+        """Return a tree for each sequence whose last step was observed, else an empty one."""
+        known = [
+            state
+            for context in contexts
+            if (state := self._states.get(context.sequence_id)) is not None
+            and state.length == len(context.token_ids)
+        ]
+        if known:
+            self._compute(known)
+        return [
+            self._grow(context, budget) for context, budget in zip(contexts, budgets, strict=True)
+        ]
+
+    def observe(self, rounds: Sequence[Round]) -> None:
+        """Count which candidates were right, and keep the hidden states for the next draft."""
+        for done in rounds:
+            self._count(done)
+            sequence_id = done.context.sequence_id
+            if done.hidden_E is None:
+                self._states.pop(sequence_id, None)
+            else:
+                length = len(done.context.token_ids)
+                self._states[sequence_id] = _State(length, done.hidden_E)
+
+    def forget(self, sequence_id: int) -> None:
+        """Drop a sequence's hidden state."""
+        self._states.pop(sequence_id, None)
+
+    def _compute(self, states: Sequence[_State]) -> None:
+        logits_SKV = self._heads.logits(torch.stack([state.hidden_E for state in states]))
+        best = logits_SKV.topk(min(NUM_CANDIDATES, logits_SKV.shape[-1]), dim=-1)
+        probs_SKC = (best.values - logits_SKV.logsumexp(dim=-1, keepdim=True)).exp()
+        pairs = zip(best.indices.tolist(), probs_SKC.tolist(), strict=True)
+        for state, (tokens_KC, probs_KC) in zip(states, pairs, strict=True):
+            state.candidates = [
+                Candidates(tuple(tokens_C), tuple(probs_C))
+                for tokens_C, probs_C in zip(tokens_KC, probs_KC, strict=True)
+            ]
+
+    def _grow(self, context: DraftContext, budget: DraftBudget) -> DraftTree:
+        state = self._states.get(context.sequence_id)
+        if state is None or state.candidates is None or state.length != len(context.token_ids):
+            return EMPTY_TREE
+        levels = [
+            Candidates(own.tokens, tuple(worth.rate(p) for p in own.confidences))
+            for own, worth in zip(state.candidates, self._worth, strict=True)
+        ]
+        growth = self._builder.start(budget, self.name)
+        depth_of = {ROOT: 0}
+        while frontier := growth.frontier():
+            parents = growth.tree().parents
+            for node in frontier:
+                if node != ROOT:
+                    depth_of[node] = depth_of[parents[node]] + 1
+            growth.expand(
+                [
+                    levels[depth_of[node]] if depth_of[node] < len(levels) else Candidates((), ())
+                    for node in frontier
+                ]
+            )
+        return growth.tree()
+
+    def _count(self, done: Round) -> None:
+        """Learn from candidates of which it is known whether they were right.
+
+        That is up to the token behind the accepted path: deeper ones would have had to follow
+        tokens that were not drawn.
+        """
+        state = self._states.get(done.context.sequence_id)
+        if state is None or state.candidates is None:
+            return
+        if state.length + len(done.emitted) != len(done.context.token_ids):
+            return
+        for token, own, worth in zip(done.emitted, state.candidates, self._worth, strict=False):
+            for candidate, confidence in zip(own.tokens, own.confidences, strict=True):
+                worth.add(confidence, candidate == token)
+
+
+def load_medusa_heads(directory: Path, target: Path) -> tuple[MedusaHeads, str]:
+    """Load heads for a target's checkpoint; return them and their version.
+
+    Raises:
+        UnsupportedModelError: they cannot be loaded, or are another model's.
+    """
+    config, heads = load_medusa(directory)
+    target_config = load_model_config(target)
+    for key in ("hidden_size", "vocab_size"):
+        ours, theirs = getattr(config, key), getattr(target_config, key)
+        if ours != theirs:
+            raise UnsupportedModelError(f"{key}: {ours}, the target has {theirs}")
+    digest = config.base_model_digest
+    if digest is not None and digest != model_digest(target):
+        raise UnsupportedModelError(f"base_model_digest: {digest} is not that of the target")
+    lm_head_VE = _lm_head(target, target_config)
+    return MedusaHeads(config, heads, lm_head_VE), model_digest(directory)[:_VERSION_DIGITS]
+
+
+def _lm_head(target: Path, config: ModelConfig) -> torch.Tensor:
+    name = "model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"
+    for found, tensor in load_tensors(target):
+        if found == name:
+            return tensor
+    raise UnsupportedModelError(f"tensor {name} is missing from the checkpoint")
+
+
+def make(
+    *,
+    directory: str | Path,
+    target: str | Path,
+    builder: TreeBuilder,
+    version: str | None = None,
+) -> MedusaDrafter:
+    """Return a drafter from a checkpoint of heads.
+
+    Raises:
+        UnsupportedModelError: they cannot be loaded, or are another model's.
+    """
+    heads, digest = load_medusa_heads(Path(directory), Path(target))
+    return MedusaDrafter(heads, version=version or digest, builder=builder)

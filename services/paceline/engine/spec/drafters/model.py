@@ -1,0 +1,264 @@
+"""Drafts with a small model of the target's vocabulary, over paged KV of its own.
+
+What was drafted is not kept: the tokens that were accepted are computed again by the next
+round's first pass, together with the one behind them, which costs about what that one costs
+alone, and no KV has to be moved. levels.py grows the trees, draft_pages.py holds the pages.
+
+Shape legend: M tokens with logits, V vocabulary, P pages, L layers, K key/value heads, T tokens
+per page, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from paceline.engine.models.config import ModelConfig, UnsupportedModelError, load_model_config
+from paceline.engine.models.load import KV_DTYPES, Model, ModelOptions, load_model
+from paceline.engine.spec.drafter import DraftBudget, DraftContext, DrafterNeeds, Round
+from paceline.engine.spec.drafters.draft_pages import DraftPages
+from paceline.engine.spec.drafters.levels import CandidateSource, LevelRow, grow_trees
+from paceline.engine.spec.drafters.passes import Pass, PassLayout
+from paceline.engine.spec.drafters.vocabulary import check_same_vocabulary
+from paceline.engine.spec.growth import TreeBuilder
+from paceline.engine.spec.tree import EMPTY_TREE, DraftTree
+from paceline.engine.weights import model_digest
+
+_VERSION_DIGITS = 12
+
+
+@dataclass(frozen=True, slots=True)
+class DraftModelOptions:
+    """How a draft model computes."""
+
+    weight_format: str = "bf16"
+    """"f32", "bf16" or "int8"; also decides about the KV, as for the target."""
+    kv_memory_mb: int = 64
+    """MiB of KV for all sequences."""
+    block_size: int = 16
+    """Tokens per page."""
+    threads: int = 1
+    """More only make a small model slower: a layer of it is shorter than a wake-up."""
+    catch_up_tokens: int = 512
+    """Tokens computed at most before the first level of a call, so that no step waits long for
+    a prompt that the draft model has not seen."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DraftModel:
+    """Weights to draft with, and what they are called."""
+
+    model: Model
+    version: str
+    kv_dtype: torch.dtype
+    block_size: int
+    max_context_tokens: int
+
+
+def load_draft_model(
+    directory: Path,
+    target: Path,
+    options: DraftModelOptions = DraftModelOptions(),
+    version: str | None = None,
+) -> DraftModel:
+    """Load a checkpoint that is to draft for a target's.
+
+    Args:
+        directory: the draft model's checkpoint.
+        target: the target's.
+        options: how it computes.
+        version: its name; the first digits of its digest by default.
+
+    Raises:
+        UnsupportedModelError: it cannot be loaded, or has another vocabulary than the target.
+    """
+    if options.weight_format not in KV_DTYPES:
+        raise ValueError(f"weight_format {options.weight_format!r}: one of {sorted(KV_DTYPES)}")
+    config = load_model_config(directory)
+    check_same_vocabulary(directory, config, target, load_model_config(target))
+    model = load_model(
+        directory,
+        config,
+        ModelOptions(
+            options.weight_format, options.block_size, config.max_context_tokens, options.threads
+        ),
+    )
+    return DraftModel(
+        model=model,
+        version=version or model_digest(directory)[:_VERSION_DIGITS],
+        kv_dtype=KV_DTYPES[options.weight_format],
+        block_size=options.block_size,
+        max_context_tokens=config.max_context_tokens,
+    )
+
+
+class ModelDrafter:
+    """A model that drafts, and what it remembers of each sequence."""
+
+    name = "model"
+    needs = DrafterNeeds()
+
+    def __init__(
+        self,
+        draft: DraftModel,
+        *,
+        builder: TreeBuilder,
+        candidates: CandidateSource,
+        kv_memory_mb: int = 64,
+        catch_up_tokens: int = 512,
+    ) -> None:
+        """Draft with a model.
+
+        Raises:
+            ValueError: the memory is less than one page.
+        """
+        self._builder = builder
+        self._candidates = candidates
+        self._kv_memory_mb = kv_memory_mb
+        self._catch_up_tokens = catch_up_tokens
+        self._layout = PassLayout(draft.block_size)
+        self._take(draft)
+
+    @property
+    def version(self) -> str:
+        """Version of the weights."""
+        return self._draft.version
+
+    def swap(self, draft: DraftModel) -> None:
+        """Draft with other weights from the next round on; all KV of the old ones is dropped.
+
+        Raises:
+            UnsupportedModelError: another number of tokens in the vocabulary.
+        """
+        old, new = self._draft.model.config.vocab_size, draft.model.config.vocab_size
+        if old != new:
+            raise UnsupportedModelError(f"vocab_size: {new}, the draft before it has {old}")
+        self._take(draft)
+
+    def _take(self, draft: DraftModel) -> None:
+        shape = _page_shape(draft.model.config, draft.block_size)
+        num_pages = (self._kv_memory_mb << 20) // (shape.numel() * draft.kv_dtype.itemsize)
+        if num_pages < 1:
+            raise ValueError(f"kv_memory_mb {self._kv_memory_mb}: not one page of a draft's KV")
+        self._draft = draft
+        self._layout = PassLayout(draft.block_size)
+        self.pages = DraftPages(num_pages, draft.block_size)
+        # Zeros take memory when they are first touched.
+        self._kv_PL2KTD = torch.zeros(num_pages, *shape, dtype=draft.kv_dtype)
+
+    def pending_tokens(self, context: DraftContext) -> int:
+        """Return how many tokens the next round computes before it can draft: at least 1.
+
+        More than `catch_up_tokens` take several rounds, the last of which brings a tree.
+        """
+        length = len(context.token_ids)
+        return length - min(self.pages.num_computed(context.sequence_id), length - 1)
+
+    @torch.inference_mode()
+    def propose(
+        self, contexts: Sequence[DraftContext], budgets: Sequence[DraftBudget]
+    ) -> list[DraftTree]:
+        """Return a tree for each sequence.
+
+        An empty one for a sequence that the model has not caught up with, that is longer than
+        its context, or for which there are no pages.
+        """
+        rows = self._admit(contexts, budgets)
+        trees = grow_trees(
+            list(rows.values()),
+            self._layout,
+            self._forward,
+            self._builder,
+            self._candidates,
+            self.name,
+        )
+        for row in rows.values():
+            self.pages.set_computed(row.context.sequence_id, row.stop)
+        grown = dict(zip(rows, trees, strict=True))
+        return [grown.get(i, EMPTY_TREE) for i, _ in enumerate(contexts)]
+
+    def observe(self, rounds: Sequence[Round]) -> None:
+        """Do nothing: the weights learn elsewhere."""
+
+    def forget(self, sequence_id: int) -> None:
+        """Free a sequence's pages."""
+        self.pages.forget(sequence_id)
+
+    def _admit(
+        self, contexts: Sequence[DraftContext], budgets: Sequence[DraftBudget]
+    ) -> dict[int, LevelRow]:
+        """Return who computes what, by position in `contexts`.
+
+        Those that miss least come first: most sequences miss what was accepted last, and a long
+        prompt takes what they leave of the limit.
+        """
+        pending = [self.pending_tokens(context) for context in contexts]
+        rows: dict[int, LevelRow] = {}
+        admitted: set[int] = set()
+        left = self._catch_up_tokens
+        for i in sorted(range(len(contexts)), key=pending.__getitem__):
+            if left == 0:
+                break
+            count = min(pending[i], left)
+            row = self._row(contexts[i], budgets[i], pending[i], count, admitted)
+            if row is not None:
+                rows[i] = row
+                admitted.add(contexts[i].sequence_id)
+                left -= count
+        return rows
+
+    def _row(
+        self,
+        context: DraftContext,
+        budget: DraftBudget,
+        pending: int,
+        count: int,
+        admitted: Collection[int],
+    ) -> LevelRow | None:
+        length = len(context.token_ids)
+        # The last nodes of a tree are not computed, so paths may end one behind the context.
+        if length + budget.depth - 1 > self._draft.max_context_tokens:
+            return None
+        pages = self.pages.reserve(context.sequence_id, length + budget.nodes, admitted)
+        if pages is None:
+            return None
+        start = length - pending
+        return LevelRow(context, budget, start, start + count, pages.ids)
+
+    def _forward(self, batch: Pass) -> torch.Tensor:
+        model = self._draft.model
+        x_NE = model.forward(
+            batch.tokens_N, batch.positions_N, self._kv_PL2KTD, batch.slots_N, batch.attention
+        )
+        return model.logits(x_NE, batch.drawn_M)
+
+
+def _page_shape(config: ModelConfig, block_size: int) -> torch.Size:
+    return torch.Size((config.num_layers, 2, config.num_kv_heads, block_size, config.head_dim))
+
+
+def make(
+    *,
+    directory: str | Path,
+    target: str | Path,
+    builder: TreeBuilder,
+    candidates: CandidateSource,
+    options: DraftModelOptions = DraftModelOptions(),
+    version: str | None = None,
+) -> ModelDrafter:
+    """Return a drafter from a checkpoint.
+
+    Raises:
+        UnsupportedModelError: it cannot be loaded, or has another vocabulary than the target.
+    """
+    draft = load_draft_model(Path(directory), Path(target), options, version)
+    return ModelDrafter(
+        draft,
+        builder=builder,
+        candidates=candidates,
+        kv_memory_mb=options.kv_memory_mb,
+        catch_up_tokens=options.catch_up_tokens,
+    )

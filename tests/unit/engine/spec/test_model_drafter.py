@@ -1,0 +1,346 @@
+"""A draft model's trees: what they say, what they cost of its pool, whom it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from paceline.domain.request import SamplingParams
+from paceline.engine.kernels import has_cpp_kernels
+from paceline.engine.models.config import UnsupportedModelError
+from paceline.engine.sampling.sampler import sample
+from paceline.engine.spec.drafters.draft_pages import DraftPages
+from paceline.engine.spec.drafters.model import (
+    DraftModel,
+    DraftModelOptions,
+    ModelDrafter,
+    load_draft_model,
+    make,
+)
+from paceline.engine.spec.tree import EMPTY_TREE, DraftTree
+from paceline.engine.step import SampleSpec
+from paceline.engine.weights import model_digest
+from tests.checkpoints import random_checkpoint
+from tests.unit.engine.spec.drafting import (
+    Bushy,
+    LikeliestFirst,
+    budget,
+    context,
+    generated,
+    prompt,
+    transformers_logits,
+)
+
+TOLERANCE = 2e-4
+"""For logits of 12, as in test_logits.py."""
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("drafts")
+    names = ("llama", "qwen3", "mistral", "qwen2-partly-windowed")
+    return {
+        **{name: random_checkpoint(name, root / name) for name in names},
+        "other": random_checkpoint("llama", root / "other", seed=1),
+        "deeper": random_checkpoint("llama", root / "deeper", seed=2, num_hidden_layers=5),
+    }
+
+
+@cache
+def draft_model(directory: Path) -> DraftModel:
+    return load_draft_model(directory, directory, DraftModelOptions(weight_format="f32"))
+
+
+def drafter(
+    directory: Path,
+    builder: Bushy | None = None,
+    candidates: LikeliestFirst | None = None,
+    **options: int,
+) -> ModelDrafter:
+    return ModelDrafter(
+        draft_model(directory),
+        builder=builder or Bushy(1),
+        candidates=candidates or LikeliestFirst(),
+        **options,
+    )
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "qwen2-partly-windowed"])
+def test_a_model_drafts_for_itself_what_transformers_generates(
+    checkpoints: dict[str, Path], name: str
+) -> None:
+    directory = checkpoints[name]
+    drafts, text = drafter(directory), prompt(45)
+    expected = generated(directory, text, 25)
+    at = 0
+    # The target takes all, one more, none, ... of what is drafted: 6 levels over page borders.
+    for accepted in (6, 0, 3, 6, 1):
+        tree = drafts.propose([context(1, text + expected[:at])], [budget(6, 6)])[0]
+        assert list(tree.tokens) == expected[at : at + 6]
+        assert tree.is_chain
+        at += accepted + 1
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_every_node_of_a_tree_is_computed_as_its_path_would_be(
+    checkpoints: dict[str, Path], name: str
+) -> None:
+    directory = checkpoints[name]
+    builder, candidates = Bushy(3), LikeliestFirst(width=3)
+    drafts = drafter(directory, builder, candidates)
+    texts = [prompt(30), prompt(1), prompt(15)]
+    budgets = [budget(21, 4), budget(2, 1), budget(12, 3)]
+    trees = drafts.propose([context(i, text) for i, text in enumerate(texts)], budgets)
+    assert [len(tree) for tree in trees] == [21, 2, 12]
+    # Questions come level by level; within a level sequence by sequence, the shortest run first.
+    order = sorted(range(3), key=lambda i: len(texts[i]))
+    questions = [
+        (i, path)
+        for depth in range(4)
+        for i, asked in zip(order, builder.asked, strict=True)
+        for path in asked
+        if len(path) == depth
+    ]
+    assert len(questions) == len(candidates.logits) > 15
+    for (i, path), spec, logits_V in zip(
+        questions, candidates.specs, candidates.logits, strict=True
+    ):
+        expected_V = transformers_logits(directory, [*texts[i], *path])[-1]
+        torch.testing.assert_close(logits_V.double(), expected_V, atol=TOLERANCE, rtol=0)
+        assert spec.position == len(texts[i]) + len(path)
+
+
+def test_a_long_prompt_is_caught_up_with_in_parts_while_others_draft(
+    checkpoints: dict[str, Path],
+) -> None:
+    directory = checkpoints["llama"]
+    long, short = context(1, prompt(200)), context(2, prompt(10))
+    whole = drafter(directory)
+    expected = whole.propose([long, short], [budget(4, 4)] * 2)
+    drafts = drafter(directory, catch_up_tokens=64)
+    pending, trees = [], []
+    while not trees or not len(trees[-1][0]):
+        pending.append(drafts.pending_tokens(long))
+        trees.append(drafts.propose([long, short], [budget(4, 4)] * 2))
+    # 64 - 10 go to the long prompt first, then 64 - 1 a call.
+    assert pending == [200, 146, 83, 20]
+    assert [t[0] for t in trees] == [EMPTY_TREE] * 3 + [expected[0]]
+    assert [t[1] for t in trees] == [expected[1]] * 4
+    assert drafts.pending_tokens(long) == 1
+
+
+def test_penalties_and_noise_of_a_path_are_the_targets(checkpoints: dict[str, Path]) -> None:
+    """Where draft and target are one model, what it draws with the same noise is drafted."""
+    directory = checkpoints["qwen3"]
+    sampling = SamplingParams(
+        temperature=1.0,
+        top_p=0.9,
+        repetition_penalty=1.3,
+        presence_penalty=0.5,
+        frequency_penalty=0.4,
+        seed=77,
+    )
+    text, num_prompt = prompt(20), 12
+    tree = drafter(directory).propose([context(1, text, sampling, num_prompt)], [budget(8, 8)])[0]
+    drawn = list(text)
+    for _ in range(8):
+        logits_1V = transformers_logits(directory, drawn)[-1:].float()
+        spec = SampleSpec(
+            sampling,
+            stream=0,
+            position=len(drawn),
+            num_logprobs=0,
+            prompt_token_ids=tuple(drawn[:num_prompt]),
+            output_token_ids=tuple(drawn[num_prompt:]),
+        )
+        token = sample(logits_1V, [spec])[0]
+        assert token is not None
+        drawn.append(token.token_id)
+    assert list(tree.tokens) == drawn[20:]
+    greedy = drafter(directory).propose([context(1, text)], [budget(8, 8)])[0]
+    assert tree.tokens != greedy.tokens
+
+
+def page_bytes(directory: Path) -> int:
+    raw = json.loads((directory / "config.json").read_text("utf-8"))
+    size = raw["hidden_size"] // raw["num_attention_heads"]
+    return int(raw["num_hidden_layers"] * 2 * raw["num_key_value_heads"] * 16 * size * 4)
+
+
+@pytest.mark.skipif(not has_cpp_kernels(), reason="torch's numbers move with the batch")
+def test_what_is_evicted_is_computed_again_to_the_same_drafts(
+    checkpoints: dict[str, Path],
+) -> None:
+    directory = checkpoints["llama"]
+    # 85 pages of 12 KiB: two sequences of 600 tokens with their nodes fit, three do not.
+    drafts = drafter(directory, kv_memory_mb=1, catch_up_tokens=1024)
+    assert drafts.pages.num_pages == (1 << 20) // page_bytes(directory) == 85
+    contexts = [context(i, prompt(600, seed=i)) for i in range(3)]
+    alone = [
+        drafter(directory, catch_up_tokens=1024).propose([c], [budget(5, 5)])[0] for c in contexts
+    ]
+    for i, num_free, num_evictions in (
+        (0, 47, 0),
+        (1, 9, 0),
+        (2, 9, 1),
+        (0, 9, 2),
+        (0, 9, 2),
+        (2, 9, 2),
+    ):
+        assert drafts.propose([contexts[i]], [budget(5, 5)]) == [alone[i]]
+        assert (drafts.pages.num_free, drafts.pages.num_evictions) == (num_free, num_evictions)
+    assert [drafts.pending_tokens(c) for c in contexts] == [1, 600, 1]
+    # Together, those who have least to compute keep their pages.
+    assert drafts.propose(contexts, [budget(5, 5)] * 3) == [alone[0], EMPTY_TREE, alone[2]]
+    for c in contexts:
+        drafts.forget(c.sequence_id)
+    drafts.forget(99)
+    assert drafts.pages.num_free == 85
+
+
+@pytest.mark.skipif(not has_cpp_kernels(), reason="torch's numbers move with the batch")
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_drafts_do_not_depend_on_the_company_or_on_what_was_drafted_before(
+    checkpoints: dict[str, Path], data: st.DataObject
+) -> None:
+    directory = checkpoints["mistral"]
+    builder = Bushy(2)
+    drafts = drafter(directory, builder, LikeliestFirst(width=2), catch_up_tokens=100)
+    texts = {i: prompt(data.draw(st.integers(1, 60)), seed=i) for i in range(3)}
+    for _ in range(4):
+        chosen = data.draw(st.lists(st.sampled_from(range(3)), unique=True, min_size=1))
+        budgets = [
+            budget(data.draw(st.integers(1, 12)), data.draw(st.integers(1, 5))) for _ in chosen
+        ]
+        contexts = [context(i, texts[i]) for i in chosen]
+        pending = sum(drafts.pending_tokens(c) for c in contexts)
+        for c, b, tree in zip(contexts, budgets, drafts.propose(contexts, budgets), strict=True):
+            if pending <= 100:
+                assert tree == fresh_tree(directory, c.token_ids, b.nodes, b.depth)
+            else:
+                assert tree in (EMPTY_TREE, fresh_tree(directory, c.token_ids, b.nodes, b.depth))
+        for i in chosen:
+            texts[i] = texts[i] + prompt(data.draw(st.integers(1, 5)), seed=len(texts[i]))
+        if data.draw(st.booleans()):
+            drafts.forget(data.draw(st.sampled_from(range(3))))
+
+
+def fresh_tree(directory: Path, tokens: object, nodes: int, depth: int) -> DraftTree:
+    drafts = drafter(directory, Bushy(2), LikeliestFirst(width=2))
+    return drafts.propose([context(9, list(tokens))], [budget(nodes, depth)])[0]  # type: ignore[call-overload]
+
+
+def test_swapped_weights_draft_as_if_there_had_been_no_others(
+    checkpoints: dict[str, Path],
+) -> None:
+    options = DraftModelOptions(weight_format="f32")
+    target, seen = checkpoints["llama"], context(1, prompt(40))
+    drafts = drafter(target)
+    first = drafts.propose([seen], [budget(6, 6)])[0]
+    assert drafts.version == model_digest(target)[:12]
+    for name in ("other", "deeper"):
+        drafts.swap(load_draft_model(checkpoints[name], target, options, version=name))
+        assert drafts.version == name
+        assert drafts.pages.num_free == drafts.pages.num_pages
+        tree = drafts.propose([seen], [budget(6, 6)])[0]
+        assert list(tree.tokens) == generated(checkpoints[name], seen.token_ids, 6)
+        assert tree != first
+
+
+def test_sequences_beyond_the_drafts_context_get_no_tree(checkpoints: dict[str, Path]) -> None:
+    drafts = drafter(checkpoints["llama"], catch_up_tokens=2048)
+    at_end = context(1, prompt(1020))
+    assert len(drafts.propose([at_end], [budget(5, 5)])[0]) == 5
+    assert drafts.propose([at_end], [budget(6, 6)]) == [EMPTY_TREE]
+    assert drafts.propose([context(2, prompt(1030))], [budget(1, 1)]) == [EMPTY_TREE]
+
+
+def test_other_vocabularies_are_refused_by_name(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    target = checkpoints["llama"]
+    smaller = random_checkpoint("llama", tmp_path / "smaller", vocab_size=512)
+    with pytest.raises(UnsupportedModelError, match="vocab_size: 512, the target has 4096"):
+        load_draft_model(smaller, target)
+    without = shutil.copytree(target, tmp_path / "without")
+    (without / "tokenizer.json").unlink()
+    with pytest.raises(UnsupportedModelError, match=r"tokenizer\.json is missing"):
+        load_draft_model(without, target)
+    changed = shutil.copytree(target, tmp_path / "changed")
+    raw = json.loads((changed / "tokenizer.json").read_text("utf-8"))
+    vocab = raw["model"]["vocab"]
+    first, second = sorted(vocab, key=vocab.__getitem__)[300:302]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    (changed / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8")
+    with pytest.raises(UnsupportedModelError, match=r"has id 301, for the target 300; 2 tokens"):
+        load_draft_model(changed, target)
+    (changed / "tokenizer.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(UnsupportedModelError, match=r"tokenizer\.json"):
+        load_draft_model(changed, target)
+    with pytest.raises(ValueError, match="weight_format"):
+        load_draft_model(target, target, DraftModelOptions(weight_format="int4"))
+
+
+def test_a_pool_of_less_than_a_page_is_refused(tmp_path: Path) -> None:
+    wide = random_checkpoint(
+        "llama", tmp_path / "wide", num_hidden_layers=17, head_dim=512, hidden_size=64
+    )
+    with pytest.raises(ValueError, match="not one page"):
+        make(
+            directory=wide,
+            target=wide,
+            builder=Bushy(1),
+            candidates=LikeliestFirst(),
+            options=DraftModelOptions(kv_memory_mb=1),
+        )
+
+
+def test_bf16_drafts_nearly_what_f32_does(checkpoints: dict[str, Path]) -> None:
+    directory, text = checkpoints["llama"], prompt(40)
+    candidates = LikeliestFirst()
+    drafts = make(directory=directory, target=directory, builder=Bushy(1), candidates=candidates)
+    drafts.propose([context(1, text)], [budget(1, 1)])
+    expected_V = transformers_logits(directory, text)[-1]
+    error = (candidates.logits[0].double() - expected_V).norm() / expected_V.norm()
+    assert 1e-4 < error < 0.05
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_pages_have_one_owner_and_none_are_lost(data: st.DataObject) -> None:
+    pages = DraftPages(num_pages=12, block_size=4)
+    held: dict[int, list[int]] = {}
+    for _ in range(data.draw(st.integers(1, 30))):
+        who = data.draw(st.integers(0, 4))
+        if data.draw(st.integers(0, 3)) == 0:
+            pages.forget(who)
+            held.pop(who, None)
+            continue
+        kept = set(data.draw(st.lists(st.integers(0, 4))))
+        slots, before = data.draw(st.integers(1, 60)), dict(held)
+        got = pages.reserve(who, slots, kept)
+        if got is None:
+            needed = -(-slots // 4) - len(held.get(who, []))
+            of_others = sum(len(p) for i, p in held.items() if i in kept and i != who)
+            assert needed > 12 - len(held.get(who, [])) - of_others
+            assert pages.num_free == 12 - sum(map(len, before.values()))
+            continue
+        held[who] = list(got)
+        assert len(got) >= -(-slots // 4)
+        assert held[who][: len(before.get(who, []))] == before.get(who, [])
+        # Who lost pages lost all of them, and what it had computed with them.
+        pages.set_computed(who, slots)
+        for other in list(held):
+            if other != who and pages.num_computed(other) == 0:
+                assert other not in kept
+                del held[other]
+        owned = [page for p in held.values() for page in p]
+        assert len(owned) == len(set(owned)) == 12 - pages.num_free
