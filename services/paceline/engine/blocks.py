@@ -37,6 +37,10 @@ class BlockPool:
         """Pages that `allocate` can hand out now."""
         return len(self._free) + len(self._reclaimable)
 
+    def unused(self, count: int) -> list[int]:
+        """Return so many pages that nobody holds and nothing is found in, or none."""
+        return self._free[len(self._free) - count :] if 0 < count <= len(self._free) else []
+
     def allocate(self) -> int | None:
         """Hand out a page with one holder and no key, evicting the coldest cached one."""
         if self._free:

@@ -250,7 +250,7 @@ class Engine:
         self._last_step_s = result.elapsed_s
         advanced, failed = self._scheduler.commit(plan, result)
         if self._speculator is not None:
-            self._speculator.observe(plan, result, [sequence for sequence, _ in advanced])
+            self._speculator.observe(plan, result, advanced)
         if failed:
             self._fail({s.id for s in failed}, "nan-logits", "the model's numbers are not finite")
         chunks: dict[str, list[TokenChunk]] = {}

@@ -15,6 +15,8 @@ _PRIOR_WEIGHT = 4.0
 _DECAY = 0.998
 """What is left of a count after each further node of its bin: a memory of some 500."""
 
+_COPIED_SHARE = 0.25
+
 
 class Calibration:
     """Acceptance by confidence, forgetting slowly."""
@@ -23,6 +25,13 @@ class Calibration:
         """Start from the confidences themselves."""
         self._accepted = [0.0] * _NUM_BINS
         self._tried = [0.0] * _NUM_BINS
+
+    def copy(self) -> Calibration:
+        """Return one that starts from what this one knows, less sure of it."""
+        copy = Calibration()
+        copy._accepted = [_COPIED_SHARE * count for count in self._accepted]
+        copy._tried = [_COPIED_SHARE * count for count in self._tried]
+        return copy
 
     def rate(self, confidence: float) -> float:
         """Return the probability that a child of this confidence is accepted, in [0, 1]."""

@@ -6,8 +6,8 @@ only how fast. drafters/__init__.py has the table of them; a new one is one file
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from paceline.domain.request import SamplingParams
@@ -48,6 +48,18 @@ class DraftBudget:
     """A node of less value (probability of being accepted) is not worth its time."""
     calibration: Calibration
     """What the drafter's confidences have been worth."""
+    calibration_of: Callable[[str], Calibration] | None = None
+    """The same for the parts of a union, by name."""
+
+    def within(self, nodes: int) -> DraftBudget:
+        """Return the budget with no more than so many nodes."""
+        return self if nodes >= self.nodes else replace(self, nodes=nodes)
+
+    def part(self, name: str) -> DraftBudget:
+        """Return the budget of a union's part."""
+        if self.calibration_of is None:
+            return self
+        return replace(self, calibration=self.calibration_of(name))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,7 +72,7 @@ class Round:
     path: tuple[int, ...]
     """Accepted nodes, from the root's child downwards."""
     emitted: tuple[int, ...]
-    """Tokens of the path and the one that the target drew behind it."""
+    """Tokens of the path and the one that the target drew behind it, up to the sequence's end."""
     successors: Sequence[Sequence[int]] | None = None
     """[1 + nodes][k] the target's likeliest next tokens at the root and at every node, best
     first; if the drafter asked for them."""
@@ -97,6 +109,16 @@ class Drafter(Protocol):
     @property
     def needs(self) -> DrafterNeeds:
         """What `observe` must be told."""
+        ...
+
+    @property
+    def state_bytes(self) -> int:
+        """Memory of what is kept of sequences and texts, about."""
+        ...
+
+    @property
+    def state_entries(self) -> int:
+        """Tokens, rows or pages that are kept, whichever the drafter counts by."""
         ...
 
     def propose(

@@ -96,6 +96,16 @@ class RecyclingDrafter:
         self._ranks = [_Ranks() for _ in range(_STEADY + 1)]
 
     @property
+    def state_bytes(self) -> int:
+        """Memory of the rows held, about."""
+        return self._num_rows * _ROW_BYTES
+
+    @property
+    def state_entries(self) -> int:
+        """Rows held for all tenants."""
+        return self._num_rows
+
+    @property
     def num_rows(self) -> int:
         """Rows held for all tenants."""
         return self._num_rows

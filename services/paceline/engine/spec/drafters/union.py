@@ -56,11 +56,24 @@ class UnionDrafter:
         needs = [part.needs for part in self._parts]
         return DrafterNeeds(max(n.successors for n in needs), any(n.hidden for n in needs))
 
+    @property
+    def state_bytes(self) -> int:
+        """Memory of what the parts keep."""
+        return sum(part.state_bytes for part in self._parts)
+
+    @property
+    def state_entries(self) -> int:
+        """What the parts keep, each counted its own way."""
+        return sum(part.state_entries for part in self._parts)
+
     def propose(
         self, contexts: Sequence[DraftContext], budgets: Sequence[DraftBudget]
     ) -> list[DraftTree]:
         """Let every part use the whole budget, and keep the best of it all."""
-        proposed = [part.propose(contexts, budgets) for part in self._parts]
+        proposed = [
+            part.propose(contexts, [budget.part(part.name) for budget in budgets])
+            for part in self._parts
+        ]
         return [
             merge(trees, budget)
             for trees, budget in zip(zip(*proposed, strict=True), budgets, strict=True)

@@ -1,0 +1,85 @@
+"""What an arm's drafts are worth, whatever the load: the statistics that choices rest on.
+
+`values[i]` is the mean value (probability of being accepted) of the i-th best node of a draft, 0
+where drafts had fewer; `trust` is how many tokens were accepted for each that was promised. Both
+forget, so that they follow the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+_FIRST_ROUNDS = 4
+"""Rounds in which a mean is plain, before it forgets."""
+_TRUST_WEIGHT = 4.0
+"""Tokens promised and kept to begin with."""
+
+
+class Profile:
+    """Means over drafts before they are cut."""
+
+    __slots__ = ("_accepted", "_promised", "_rate", "num_drafts", "values")
+
+    def __init__(self, rate: float) -> None:
+        """`rate` is the weight of the newest draft."""
+        self.num_drafts = 0
+        self.values: list[float] = []
+        self._rate = rate
+        self._promised = self._accepted = _TRUST_WEIGHT
+
+    def copy(self, rate: float) -> Profile:
+        """Return a profile that starts from this one and forgets at another rate."""
+        profile = Profile(rate)
+        profile.num_drafts = self.num_drafts
+        profile.values = list(self.values)
+        # As sure of it as of a few tokens.
+        profile._accepted = _TRUST_WEIGHT * self.trust
+        return profile
+
+    def note(self, values: Sequence[float]) -> None:
+        """Count a draft as it was proposed, cut or not."""
+        self.num_drafts += 1
+        weight = max(self._rate, 1.0 / min(self.num_drafts, _FIRST_ROUNDS))
+        kept = 1.0 - weight
+        mean = [kept * value for value in self.values]
+        mean += [0.0] * (len(values) - len(mean))
+        for i, value in enumerate(sorted(values, reverse=True)):
+            mean[i] += weight * value
+        self.values = mean
+
+    def settle(self, promised: float, num_accepted: int) -> None:
+        """Count what was verified of a draft: the sum of its values, and what came of it."""
+        kept = 1.0 - self._rate
+        self._promised = kept * self._promised + promised
+        self._accepted = kept * self._accepted + num_accepted
+
+    @property
+    def trust(self) -> float:
+        """Tokens accepted for each one promised."""
+        weight = _TRUST_WEIGHT
+        return (self._accepted + weight) / (self._promised + weight)
+
+
+class DraftTimes:
+    """Seconds that an arm takes to draft for so many sequences together."""
+
+    __slots__ = ("_seconds",)
+
+    def __init__(self) -> None:
+        self._seconds: dict[int, float] = {}
+
+    def note(self, num_sequences: int, seconds: float) -> None:
+        """Count a call."""
+        size = num_sequences.bit_length()
+        before = self._seconds.get(size)
+        # A mean that forgets: now and then a call has a whole prompt to catch up with.
+        self._seconds[size] = seconds if before is None else before + 0.05 * (seconds - before)
+
+    def of(self, num_sequences: int) -> float:
+        """Return the expected seconds; 0 where nothing was measured yet."""
+        if not self._seconds:
+            return 0.0
+        size = num_sequences.bit_length()
+        nearest = min(self._seconds, key=lambda known: abs(known - size))
+        # Somewhere between once for all and once for each.
+        return self._seconds[nearest] * 2.0 ** (0.5 * (size - nearest))

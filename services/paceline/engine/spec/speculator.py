@@ -1,0 +1,203 @@
+"""Holds speculation together for one engine: who drafts, how much, and what came of it.
+
+    draft    the controller says who drafts how much, drafters propose, the controller cuts
+    observe  what was verified goes to drafters and controller
+    forget   a sequence ended
+
+The scheduler calls `draft` while it plans a step, the engine the other two. Nothing here changes
+what is emitted; all of it is about how fast.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from paceline.domain.cost import StepShape
+from paceline.engine.request import Sequence
+from paceline.engine.scheduler import Advance
+from paceline.engine.spec.controller import OFF, Controller, Decision, Outcome, RowView
+from paceline.engine.spec.drafter import DraftContext, Drafter, DrafterNeeds, Round
+from paceline.engine.spec.lent_target import LentTarget
+from paceline.engine.spec.report import SpeculationReport
+from paceline.engine.spec.tally import Tally
+from paceline.engine.spec.tree import EMPTY_TREE, DraftTree
+from paceline.engine.step import StepPlan, StepResult
+
+_SUCCESSORS_EVERY = 8
+"""Steps between reports of successors while nobody that needs them is in use: ranking the logits
+of many rows takes time that nobody may get back."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Speculation:
+    """Who takes part."""
+
+    drafters: Mapping[str, Drafter]
+    """By name; each hears of every step once."""
+    arms: Mapping[str, Drafter]
+    """What the controller chooses from: the drafters, and unions of them."""
+    controller: Controller
+    max_context_tokens: int
+    target: LentTarget | None = None
+    """What drafters borrow of the engine."""
+    may_reject: bool = False
+    """Verify requests whose client gave no seed by recursive rejection."""
+
+
+class Speculator:
+    """The parts, and what is known of running sequences."""
+
+    def __init__(
+        self, parts: Speculation, *, clock_s: Callable[[], float] = time.perf_counter
+    ) -> None:
+        """`clock_s` times the drafters."""
+        self._parts = parts
+        self._controller = parts.controller
+        self._clock_s = clock_s
+        self._contexts: dict[int, DraftContext] = {}
+        self._decisions: dict[int, Decision] = {}
+        """Of the running step."""
+        self._draft_s: dict[str, tuple[int, float]] = {}
+        self._num_steps = 0
+        self._tally = Tally(parts.arms)
+
+    @property
+    def needs(self) -> DrafterNeeds:
+        """What must be found out about the rows of the step that was drafted for."""
+        is_due = self._num_steps % _SUCCESSORS_EVERY == 0
+        used = {decision.arm for decision in self._decisions.values()}
+        return DrafterNeeds(
+            successors=max(
+                (d.needs.successors for n, d in self._parts.arms.items() if is_due or n in used),
+                default=0,
+            ),
+            hidden=any(drafter.needs.hidden for drafter in self._parts.drafters.values()),
+        )
+
+    @property
+    def version(self) -> str:
+        """Versions of the weights that draft; empty without any."""
+        return "+".join(d.version for d in self._parts.drafters.values() if d.version)
+
+    def report(self) -> SpeculationReport:
+        """Return what was brought since the start."""
+        return self._tally.report(self._controller, self.version)
+
+    def draft(
+        self,
+        sequences: list[Sequence],
+        step: StepShape,
+        reserve: Callable[[Sequence, int], int],
+    ) -> Mapping[int, DraftTree]:
+        """Return drafts by sequence id; see scheduler.DraftSource."""
+        started_s = self._clock_s()
+        self._num_steps += 1
+        self._decisions.clear()
+        self._draft_s.clear()
+        drafting = [s for s in sequences if s.request.spec.speculation != "OFF"]
+        if not drafting:
+            return {}
+        rows = [self._view(s) for s in drafting]
+        decisions = self._controller.plan(rows, step)
+        if all(decision.arm == OFF for decision in decisions):
+            trees = [EMPTY_TREE] * len(drafting)
+        else:
+            trees = self._propose(drafting, decisions, reserve)
+            spent_s = self._clock_s() - started_s
+            trees = self._controller.prune(trees, rows, decisions, step, spent_s)
+        self._decisions.update(zip((s.id for s in drafting), decisions, strict=True))
+        return {s.id: tree for s, tree in zip(drafting, trees, strict=True) if tree.tokens}
+
+    def observe(self, plan: StepPlan, result: StepResult, advanced: list[Advance]) -> None:
+        """Tell everybody what a step brought: sequences that have their new tokens already."""
+        if not self._decisions:
+            return
+        started_s = self._clock_s()
+        taken_by = {sequence.id: (sequence, taken) for sequence, taken in advanced}
+        rounds: list[Round] = []
+        outcomes: list[Outcome] = []
+        for row, brought in zip(plan.rows, result.rows, strict=True):
+            decision = self._decisions.get(row.sequence_id)
+            if decision is None or row.sequence_id not in taken_by:
+                continue
+            sequence, taken = taken_by[row.sequence_id]
+            context = self._context(sequence)
+            emitted = tuple([token.token_id for token in taken])
+            rounds.append(
+                Round(
+                    context, row.tree, brought.path, emitted, brought.successors, brought.hidden_E
+                )
+            )
+            outcomes.append(Outcome(sequence.id, decision, row.tree, brought.path))
+        for drafter in self._parts.drafters.values():
+            drafter.observe(rounds)
+        self._controller.observe(outcomes, self._draft_s)
+        self._tally.add(outcomes, self._draft_s, self._clock_s() - started_s)
+
+    def forget(self, sequence_id: int) -> None:
+        """Let go of a sequence."""
+        if self._contexts.pop(sequence_id, None) is None:
+            return
+        self._decisions.pop(sequence_id, None)
+        self._controller.forget(sequence_id)
+        for drafter in self._parts.drafters.values():
+            drafter.forget(sequence_id)
+
+    def _view(self, sequence: Sequence) -> RowView:
+        spec = sequence.request.spec
+        left = min(
+            spec.max_tokens - sequence.num_output,
+            self._parts.max_context_tokens - len(sequence.token_ids),
+        )
+        # The token behind a path is the target's own.
+        return RowView(sequence.id, spec.cache_salt.hex(), spec.speculation, left - 1)
+
+    def _context(self, sequence: Sequence) -> DraftContext:
+        context = self._contexts.get(sequence.id)
+        if context is None:
+            spec = sequence.request.spec
+            context = self._contexts[sequence.id] = DraftContext(
+                sequence_id=sequence.id,
+                tenant=spec.cache_salt,
+                token_ids=sequence.token_ids,
+                num_prompt=sequence.num_prompt,
+                sampling=spec.sampling,
+                stream=sequence.index,
+                is_coupled=not (self._parts.may_reject and spec.is_seed_drawn),
+            )
+        return context
+
+    def _propose(
+        self,
+        sequences: list[Sequence],
+        decisions: list[Decision],
+        reserve: Callable[[Sequence, int], int],
+    ) -> list[DraftTree]:
+        """Let each chosen arm propose for all of its sequences at once."""
+        trees = [EMPTY_TREE] * len(sequences)
+        by_arm: dict[str, list[int]] = {}
+        for i, decision in enumerate(decisions):
+            if decision.budget is not None:
+                by_arm.setdefault(decision.arm, []).append(i)
+        for arm, indices in by_arm.items():
+            contexts, budgets, drafting = [], [], []
+            for i in indices:
+                budget = decisions[i].budget
+                assert budget is not None
+                room = reserve(sequences[i], budget.nodes)
+                if room > 0:
+                    drafting.append(i)
+                    contexts.append(self._context(sequences[i]))
+                    budgets.append(budget.within(room))
+            if not drafting:
+                continue
+            started_s = self._clock_s()
+            if self._parts.target is not None:
+                self._parts.target.lend({sequences[i].id: sequences[i].pages.ids for i in drafting})
+            proposed = self._parts.arms[arm].propose(contexts, budgets)
+            for i, tree in zip(drafting, proposed, strict=True):
+                trees[i] = tree
+            self._draft_s[arm] = (len(drafting), self._clock_s() - started_s)
+        return trees
