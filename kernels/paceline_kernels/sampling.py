@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 
 _MASK = 0xFFFFFFFF
-_M0, _M1 = 0xD2511F53, 0xCD9E8D57
-_W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _ROUNDS = 10
+_MULTIPLIERS = np.array([0xD2511F53, 0xCD9E8D57], np.uint64)
+_WEYL = np.array([0x9E3779B9, 0xBB67AE85], np.uint64) * np.arange(_ROUNDS, dtype=np.uint64)[:, None]
+"""[rounds, 2] what is added to the key by each round."""
 
 _CACHED_WORDS = 40_000
 """Philox words per lane computed at a time: 320 KB, so that ten rounds stay in the L2 cache.
@@ -32,7 +34,7 @@ def philox_uniform(
 ) -> torch.Tensor:
     """Return float64 uniforms in (0, 1), [R, V], from Philox4x32-10 (Salmon et al. 2011).
 
-    key = (seed low, seed high), counter = (token // 4, position, stream, 0), lane = token % 4,
+    key = (seed low, seed high), counter = (token // 4, position, stream, 0), word = token % 4,
     value = (x + 0.5) / 2**32: a token's noise depends on nothing but these numbers.
     """
     return torch.cat(list(_uniform_parts(seeds_R, streams_R, positions_R, vocab)))
@@ -48,7 +50,7 @@ def _uniform_parts(
         seeds_R.split(num_rows), streams_R.split(num_rows), positions_R.split(num_rows), strict=True
     )
     for part in parts:
-        words = torch.stack(_words(*part, groups_1G), dim=-1)
+        words = torch.stack(_words(*part, groups_1G, None), dim=-1)
         yield _to_uniform(words.flatten(1)[:, :vocab])
 
 
@@ -57,9 +59,14 @@ def philox_uniform_at(
     streams_R: torch.Tensor,
     positions_R: torch.Tensor,
     tokens_RK: torch.Tensor,
+    lanes_R: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return `philox_uniform`'s values of some tokens only, float64 [R, K]."""
-    words = torch.stack(_words(seeds_R, streams_R, positions_R, tokens_RK // 4), dim=-1)
+    """Return `philox_uniform`'s values of some tokens only, float64 [R, K].
+
+    A lane is the counter's last word. Other lanes than 0 have noise of their own, independent
+    of `philox_uniform`'s and of each other's.
+    """
+    words = torch.stack(_words(seeds_R, streams_R, positions_R, tokens_RK // 4, lanes_R), dim=-1)
     return _to_uniform(words.gather(-1, (tokens_RK % 4)[..., None])[..., 0])
 
 
@@ -68,9 +75,11 @@ def _words(
     streams_R: torch.Tensor,
     positions_R: torch.Tensor,
     groups_RG: torch.Tensor,
+    lanes_R: torch.Tensor | None,
 ) -> tuple[torch.Tensor, ...]:
     seeds_R1, streams_R1, positions_R1 = seeds_R[:, None], streams_R[:, None], positions_R[:, None]
-    counter = (groups_RG, positions_R1 & _MASK, streams_R1 & _MASK, torch.zeros_like(seeds_R1))
+    lanes_R1 = torch.zeros_like(seeds_R1) if lanes_R is None else lanes_R[:, None]
+    counter = (groups_RG, positions_R1 & _MASK, streams_R1 & _MASK, lanes_R1 & _MASK)
     return philox4x32(counter, (seeds_R1 & _MASK, (seeds_R1 >> 32) & _MASK))
 
 
@@ -81,18 +90,31 @@ def _to_uniform(words: torch.Tensor) -> torch.Tensor:
 def philox4x32(
     counter: tuple[torch.Tensor, ...], key: tuple[torch.Tensor, torch.Tensor]
 ) -> tuple[torch.Tensor, ...]:
-    """Apply ten Philox rounds to 32-bit words held in int64 tensors that broadcast."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for round_ in range(_ROUNDS):
-        if round_:
-            k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
-        # A product may wrap around 64 bits: its bits are those of the unsigned product.
-        product0, product1 = c0 * _M0, c2 * _M1
-        c0, c2 = (product1 >> 32) & _MASK, (product0 >> 32) & _MASK
-        c0, c2 = c0 ^ c1 ^ k0, c2 ^ c3 ^ k1
-        c1, c3 = product1 & _MASK, product0 & _MASK
-    return tuple(torch.broadcast_tensors(c0, c1, c2, c3))
+    """Apply ten Philox rounds to 32-bit words held in int64 tensors that broadcast.
+
+    In numpy, in place and with both halves of a round in one array: five calls a round where
+    torch needs fourteen, and for the noise of a few tokens calls are all the time there is.
+    """
+    c0, c1, c2, c3, k0, k1 = (x.numpy().view(np.uint64) for x in (*counter, *key))
+    shape = np.broadcast(c0, c1, c2, c3, k0, k1).shape
+    even, odd = np.empty((2, *shape), np.uint64), np.empty((2, *shape), np.uint64)
+    even[0], odd[0], even[1], odd[1] = c0, c1, c2, c3
+    ones = (1,) * len(shape)
+    multipliers = _MULTIPLIERS.reshape(2, *ones)
+    # As large as the key alone: mostly one number a row.
+    key_shape = np.broadcast(k0, k1).shape
+    half_keys = np.empty((2, *ones[len(key_shape) :], *key_shape), np.uint64)
+    half_keys[0], half_keys[1] = k0, k1
+    keys = (_WEYL.reshape(_ROUNDS, 2, *ones) + half_keys) & np.uint64(_MASK)
+    products = np.empty_like(even)
+    crossed = products[::-1]
+    for key_of_round in keys:
+        np.multiply(even, multipliers, out=products)
+        np.right_shift(crossed, np.uint64(32), out=even)
+        np.bitwise_xor(even, odd, out=even)
+        np.bitwise_xor(even, key_of_round, out=even)
+        np.bitwise_and(crossed, np.uint64(_MASK), out=odd)
+    return tuple(torch.from_numpy(x.view(np.int64)) for x in (even[0], odd[0], even[1], odd[1]))
 
 
 def gumbel_noise(
@@ -108,9 +130,10 @@ def gumbel_noise_at(
     streams_R: torch.Tensor,
     positions_R: torch.Tensor,
     tokens_RK: torch.Tensor,
+    lanes_R: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return `gumbel_noise`'s values of some tokens only, float32 [R, K]."""
-    return _to_gumbel(philox_uniform_at(seeds_R, streams_R, positions_R, tokens_RK))
+    """Return `gumbel_noise`'s values of some tokens only, float32 [R, K]; lanes as above."""
+    return _to_gumbel(philox_uniform_at(seeds_R, streams_R, positions_R, tokens_RK, lanes_R))
 
 
 def _to_gumbel(uniform: torch.Tensor) -> torch.Tensor:
