@@ -18,6 +18,7 @@ from paceline_kernels import (
 )
 from paceline_kernels.cpu.decoder import DecoderShape, FusedDecoder, LayerTensors
 from paceline_kernels.cpu.library import backend, build_id, library, set_threads
+from paceline_kernels.cpu.ops import PackedLinear
 from paceline_kernels.cpu.sampling import DrawRow, draw
 
 
@@ -32,6 +33,7 @@ __all__ = [
     "DrawRow",
     "FusedDecoder",
     "LayerTensors",
+    "PackedLinear",
     "QuantisedWeight",
     "backend",
     "build_id",

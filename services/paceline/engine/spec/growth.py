@@ -40,8 +40,27 @@ class Candidates:
     set by the builder to what it kept."""
 
 
+class GrownNode(Protocol):
+    """A node of a tree that grows."""
+
+    @property
+    def token(self) -> int:
+        """Its token."""
+        ...
+
+    @property
+    def parent(self) -> int:
+        """Its parent, ROOT for the root's children."""
+        ...
+
+
 class TreeGrowth(Protocol):
     """One tree while it grows."""
+
+    @property
+    def nodes(self) -> Sequence[GrownNode]:
+        """All nodes so far; their places are the numbers of `frontier`, `tree` has its own."""
+        ...
 
     def frontier(self) -> Sequence[int]:
         """Return the nodes (ROOT first) behind which candidates are wanted; empty ends it."""

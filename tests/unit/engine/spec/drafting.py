@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from paceline.domain.request import SamplingParams
-from paceline.engine.sampling.sampler import sample
+from paceline.engine.spec.builders import branching
 from paceline.engine.spec.calibration import Calibration
+from paceline.engine.spec.candidates import candidates
 from paceline.engine.spec.drafter import DraftBudget, DraftContext
-from paceline.engine.spec.growth import Candidates
-from paceline.engine.spec.tree import ROOT, DraftTree
+from paceline.engine.spec.drafters import levels
+from paceline.engine.spec.growth import Candidates, GrownNode, TreeGrowth
+from paceline.engine.spec.tree import ROOT
 from paceline.engine.step import SampleSpec
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -31,6 +33,7 @@ def context(
     tokens: Sequence[int],
     sampling: SamplingParams = GREEDY,
     num_prompt: int | None = None,
+    is_coupled: bool = True,
 ) -> DraftContext:
     return DraftContext(
         sequence_id,
@@ -39,6 +42,7 @@ def context(
         num_prompt=len(tokens) if num_prompt is None else num_prompt,
         sampling=sampling,
         stream=0,
+        is_coupled=is_coupled,
     )
 
 
@@ -47,83 +51,59 @@ def prompt(length: int, seed: int = 0, vocab: int = 4096) -> list[int]:
     return [rng.randrange(4, vocab) for _ in range(length)]
 
 
-@dataclass
-class Bushy:
-    """The k best children behind every node, level by level, until the budget is spent."""
+class Asked:
+    """So many children behind every node; notes the nodes that candidates were wanted for."""
 
-    width: int
-    asked: list[list[tuple[int, ...]]] = field(default_factory=list)
-    """[tree][question] the tokens from the root's child to the node candidates were wanted for."""
+    def __init__(self, *counts: int) -> None:
+        self._builder = branching(*counts)
+        self.paths: list[list[tuple[int, ...]]] = []
+        """[tree][question] the tokens from the root's child to the node."""
 
-    def start(self, budget: DraftBudget, source: str) -> BushyGrowth:
-        self.asked.append([])
-        return BushyGrowth(self.width, budget, source, self.asked[-1])
+    def start(self, budget: DraftBudget, source: str) -> AskedGrowth:
+        self.paths.append([])
+        return AskedGrowth(self._builder.start(budget, source), self.paths[-1])
 
 
-class BushyGrowth:
-    def __init__(
-        self, width: int, budget: DraftBudget, source: str, asked: list[tuple[int, ...]]
-    ) -> None:
-        self._width, self._budget, self._source, self._asked = width, budget, source, asked
-        self._tokens: list[int] = []
-        self._parents: list[int] = []
-        self._confidences: list[float] = []
-        self._frontier: list[int] = [ROOT]
+class AskedGrowth:
+    def __init__(self, growth: TreeGrowth, paths: list[tuple[int, ...]]) -> None:
+        self._growth, self._paths = growth, paths
+        self.frontier, self.tree = growth.frontier, growth.tree
 
-    def frontier(self) -> Sequence[int]:
-        return self._frontier
+    @property
+    def nodes(self) -> Sequence[GrownNode]:
+        return self._growth.nodes
 
     def expand(self, candidates: Sequence[Candidates]) -> None:
-        tree, level = self.tree(), []
-        for node, found in zip(self._frontier, candidates, strict=True):
-            self._asked.append(tuple(tree.tokens[i] for i in tree.path_to(node)))
-            for token, confidence in list(zip(found.tokens, found.confidences, strict=True))[
-                : self._width
-            ]:
-                if len(self._tokens) < self._budget.nodes:
-                    level.append(len(self._tokens))
-                    self._tokens.append(token)
-                    self._parents.append(node)
-                    self._confidences.append(confidence)
-        depths = self.tree().depths
-        is_over = len(self._tokens) == self._budget.nodes
-        self._frontier = (
-            [] if is_over else [node for node in level if depths[node] < self._budget.depth]
-        )
-
-    def tree(self) -> DraftTree:
-        count = len(self._tokens)
-        return DraftTree(
-            tuple(self._tokens),
-            tuple(self._parents),
-            tuple(self._confidences),
-            (1.0,) * count,
-            (self._source,) * count,
-        )
+        self._paths += [path_to(self, node) for node in self.frontier()]
+        self._growth.expand(candidates)
 
 
-@dataclass
-class LikeliestFirst:
-    """What would be drawn comes first, then the likeliest; notes what it was given."""
+def path_to(growth: TreeGrowth, node: int) -> tuple[int, ...]:
+    """The tokens from the root's child to a node."""
+    if node == ROOT:
+        return ()
+    at = growth.nodes[node]
+    return (*path_to(growth, at.parent), at.token)
 
-    width: int = 1
-    logits: list[torch.Tensor] = field(default_factory=list)
-    specs: list[SampleSpec] = field(default_factory=list)
 
-    def __call__(
-        self, logits_MV: torch.Tensor, specs: Sequence[SampleSpec], is_coupled: Sequence[bool]
+class Heard:
+    """Notes what is made candidates of, while it is."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.logits: list[torch.Tensor] = []
+        self.specs: list[SampleSpec] = []
+        monkeypatch.setattr(levels, "candidates", self._listen)
+
+    def _listen(
+        self,
+        logits_MV: torch.Tensor,
+        specs: Sequence[SampleSpec],
+        lanes: Sequence[int | None],
+        count: int,
     ) -> list[Candidates]:
         self.logits += list(logits_MV.clone())
         self.specs += specs
-        drawn = sample(logits_MV, list(specs))
-        found = []
-        for logits_V, token in zip(logits_MV, drawn, strict=True):
-            assert token is not None
-            best = [t for t in logits_V.topk(self.width).indices.tolist() if t != token.token_id]
-            tokens = (token.token_id, *best)[: self.width]
-            probs_V = logits_V.softmax(dim=-1)
-            found.append(Candidates(tokens, tuple(float(probs_V[t]) for t in tokens)))
-        return found
+        return candidates(logits_MV, specs, lanes, count)
 
 
 @lru_cache(maxsize=8)

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from paceline.engine.models.config import UnsupportedModelError
+from paceline.engine.spec.builders import branching
 from paceline.engine.spec.drafter import DraftContext, Round
 from paceline.engine.spec.drafters.medusa import MedusaDrafter, MedusaHeads, make
 from paceline.engine.spec.drafters.medusa_file import (
@@ -22,7 +23,7 @@ from paceline.engine.spec.drafters.medusa_file import (
 from paceline.engine.spec.tree import EMPTY_TREE, DraftTree
 from paceline.engine.weights import model_digest
 from tests.checkpoints import random_checkpoint
-from tests.unit.engine.spec.drafting import Bushy, budget, context, transformers_model
+from tests.unit.engine.spec.drafting import budget, context, transformers_model
 
 VOCAB, NUM_HEADS = 24, 4
 STEP = 5
@@ -64,7 +65,7 @@ def tied_heads() -> MedusaHeads:
 
 
 def drafter(heads: MedusaHeads, width: int = 1) -> MedusaDrafter:
-    return MedusaDrafter(heads, version="v", builder=Bushy(width))
+    return MedusaDrafter(heads, version="v", builder=branching(width))
 
 
 def text(first: int, length: int) -> list[int]:
@@ -253,7 +254,7 @@ def test_heads_of_another_target_are_refused_and_tied_ones_take_its_head(tmp_pat
     digest = model_digest(target)
     tensors = random_tensors(2, 1, 64, 4096, tied=(0, 1))
     save_medusa(tmp_path / "heads", tensors, MedusaConfig(2, 1, 64, 4096, digest))
-    drafts = make(directory=tmp_path / "heads", target=target, builder=Bushy(1))
+    drafts = make(directory=tmp_path / "heads", target=target, builder=branching(1))
     assert drafts.version == model_digest(tmp_path / "heads")[:12]
     hidden_E = torch.randn(64)
     seen = context(0, [5, 6, 7])
@@ -268,8 +269,8 @@ def test_heads_of_another_target_are_refused_and_tied_ones_take_its_head(tmp_pat
         assert logits_V.max() - logits_V[token] < 0.02 * logits_V.max()
     save_medusa(tmp_path / "heads", tensors, MedusaConfig(2, 1, 64, 4096, "0" * 64))
     with pytest.raises(UnsupportedModelError, match="base_model_digest"):
-        make(directory=tmp_path / "heads", target=target, builder=Bushy(1))
+        make(directory=tmp_path / "heads", target=target, builder=branching(1))
     smaller = random_tensors(1, 1, 32, 4096)
     save_medusa(tmp_path / "smaller", smaller, MedusaConfig(1, 1, 32, 4096))
     with pytest.raises(UnsupportedModelError, match="hidden_size: 32, the target has 64"):
-        make(directory=tmp_path / "smaller", target=target, builder=Bushy(1))
+        make(directory=tmp_path / "smaller", target=target, builder=branching(1))

@@ -20,7 +20,7 @@ import torch
 from paceline.engine.models.load import Model
 from paceline.engine.page_table import PageIds
 from paceline.engine.spec.drafter import DraftBudget, DraftContext, DrafterNeeds, Round
-from paceline.engine.spec.drafters.levels import CandidateSource, LevelRow, grow_trees
+from paceline.engine.spec.drafters.levels import LevelRow, grow_trees
 from paceline.engine.spec.drafters.passes import Pass, PassLayout, Run
 from paceline.engine.spec.drafters.skip_search import SkipSearch, SkipSet
 from paceline.engine.spec.growth import TreeBuilder
@@ -81,7 +81,6 @@ class LayerSkipDrafter:
         target: TargetAccess,
         *,
         builder: TreeBuilder,
-        candidates: CandidateSource,
         skip: SkipSet | None = None,
         tune_every_rounds: int = 8,
         seed: int = 0,
@@ -91,7 +90,6 @@ class LayerSkipDrafter:
         Args:
             target: what is lent of the engine.
             builder: the shape of trees.
-            candidates: makes candidates of logits.
             skip: what to leave out at first; every second layer by default.
             tune_every_rounds: a trial of another set after so many; 0 for none.
             seed: of the search.
@@ -103,7 +101,6 @@ class LayerSkipDrafter:
         self.search = SkipSearch(num_layers, random.Random(seed), first=skip)
         self._target = target
         self._builder = builder
-        self._candidates = candidates
         self._layout = PassLayout(target.block_size)
         self._tune_every_rounds = tune_every_rounds
         self._num_rounds = 0
@@ -117,15 +114,15 @@ class LayerSkipDrafter:
         for i, (context, budget) in enumerate(zip(contexts, budgets, strict=True)):
             length = len(context.token_ids)
             pages = self._target.pages_of(context.sequence_id)
-            has_room = length + budget.nodes <= len(pages) * self._target.block_size
+            size = self._target.block_size
+            has_room = length + budget.nodes <= len(pages) * size
             if has_room and length + budget.depth - 1 <= self._target.max_context_tokens:
-                rows[i] = LevelRow(context, budget, length - 1, length, pages)
+                rows[i] = LevelRow(context, budget, length - 1, length, pages, size)
         trees = grow_trees(
             list(rows.values()),
             self._layout,
             self._forward,
             self._builder,
-            self._candidates,
             self.name,
         )
         grown = dict(zip(rows, trees, strict=True))
@@ -200,7 +197,6 @@ def make(
     *,
     target: TargetAccess,
     builder: TreeBuilder,
-    candidates: CandidateSource,
     tune_every_rounds: int = 8,
     seed: int = 0,
 ) -> LayerSkipDrafter:
@@ -212,7 +208,6 @@ def make(
     return LayerSkipDrafter(
         target,
         builder=builder,
-        candidates=candidates,
         tune_every_rounds=tune_every_rounds,
         seed=seed,
     )

@@ -17,32 +17,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
 from paceline.engine.page_table import PageIds
+from paceline.engine.sampling.noise import draft_lane
+from paceline.engine.spec.candidates import candidates
 from paceline.engine.spec.drafter import DraftBudget, DraftContext
 from paceline.engine.spec.drafters.passes import Forward, PassLayout, Run
 from paceline.engine.spec.growth import Candidates, TreeBuilder, TreeGrowth
 from paceline.engine.spec.tree import EMPTY_TREE, ROOT, DraftTree
 from paceline.engine.step import SampleSpec
 
-
-class CandidateSource(Protocol):
-    """Turns what a drafting model says into candidates; candidates.py has it."""
-
-    def __call__(
-        self, logits_MV: torch.Tensor, specs: Sequence[SampleSpec], is_coupled: Sequence[bool]
-    ) -> list[Candidates]:
-        """Return the candidates behind each of M tokens.
-
-        Args:
-            logits_MV: float32; may be changed.
-            specs: how the target draws behind each.
-            is_coupled: as in `DraftContext`.
-        """
-        ...
+MOST_CHILDREN = 8
+"""Of a node: the ninth-best token is next to never right, and each costs a builder 3 us."""
+_NOTHING = Candidates((), ())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,7 +45,9 @@ class LevelRow:
     stop: int
     """Tokens whose KV they hold after level 0; less than the context has: no tree this time."""
     pages: PageIds
-    """With room for the context and as many nodes as the budget allows, a slot each."""
+    """With room for the context and as many nodes as the budget allows, a slot each. Builders
+    that drop nodes again may want more computed; what has no slot gets no children."""
+    block_size: int
 
 
 def grow_trees(
@@ -64,7 +55,6 @@ def grow_trees(
     layout: PassLayout,
     forward: Forward,
     builder: TreeBuilder,
-    candidates: CandidateSource,
     source: str,
 ) -> list[DraftTree]:
     """Return a tree for each row, grown by `builder` from what the model says."""
@@ -80,7 +70,7 @@ def grow_trees(
     growing = list(branches.values())
     num_laid_out = len(rows)
     while growing:
-        _expand(growing, logits_MV, candidates)
+        _expand(growing, logits_MV)
         growing = [branch for branch in growing if branch.advance()]
         if not growing:
             break
@@ -101,19 +91,18 @@ def _missing(row: LevelRow) -> Run:
     )
 
 
-def _expand(
-    growing: Sequence[_Branch], logits_MV: torch.Tensor, candidates: CandidateSource
-) -> None:
+def _expand(growing: Sequence[_Branch], logits_MV: torch.Tensor) -> None:
     specs: list[SampleSpec] = []
-    is_coupled: list[bool] = []
+    lanes: list[int | None] = []
     for branch in growing:
         specs += branch.specs()
-        is_coupled += [branch.row.context.is_coupled] * len(branch.frontier)
-    found = candidates(logits_MV, specs, is_coupled)
+        lanes += branch.lanes()
+    count = min(max(branch.row.budget.nodes for branch in growing), MOST_CHILDREN)
+    found = candidates(logits_MV, specs, lanes, count)
     begin = 0
     for branch in growing:
-        end = begin + len(branch.frontier)
-        branch.growth.expand(found[begin:end])
+        end = begin + len(branch.computed)
+        branch.expand(found[begin:end])
         begin = end
 
 
@@ -122,42 +111,59 @@ class _Branch:
 
     def __init__(self, row: LevelRow, growth: TreeGrowth) -> None:
         self.row, self.growth = row, growth
-        self.frontier: Sequence[int] = growth.frontier()
-        assert tuple(self.frontier) == (ROOT,), "a tree starts at its root"
+        self.computed: Sequence[int] = growth.frontier()
+        """Nodes of the frontier that are computed in this level."""
+        assert tuple(self.computed) == (ROOT,), "a tree starts at its root"
+        self._num_left_out = 0
         self._length = len(row.context.token_ids)
-        self._tree = EMPTY_TREE
+        self._num_slots = len(row.pages) * row.block_size - self._length
         self._entry_of: dict[int, int] = {ROOT: -1}
         """Where in the tail a node lies."""
         self._depth_of: dict[int, int] = {ROOT: 0}
         self._parents: list[int] = []
         """Of the tail."""
-        self._base = _base_spec(row.context)
+        self._base = base_spec(row.context)
+
+    def expand(self, found: Sequence[Candidates]) -> None:
+        """Hand on the candidates behind the nodes that were computed."""
+        self.growth.expand([*found, *[_NOTHING] * self._num_left_out])
 
     def advance(self) -> bool:
         """Take over the next level's nodes into the tail; tell whether there are some."""
-        self.frontier = self.growth.frontier()
-        self._tree = self.growth.tree() if self.frontier else EMPTY_TREE
-        for node in self.frontier:
-            parent = self._tree.parents[node]
+        frontier = self.growth.frontier()
+        self.computed = frontier[: self._num_slots - len(self._parents)]
+        self._num_left_out = len(frontier) - len(self.computed)
+        if not self.computed:
+            if frontier:
+                self.expand(())
+            return False
+        for node in self.computed:
+            parent = self.growth.nodes[node].parent
             self._depth_of[node] = self._depth_of[parent] + 1
             self._entry_of[node] = len(self._parents)
             self._parents.append(self._entry_of[parent])
-        return bool(self.frontier)
+        return True
 
     def run(self) -> Run:
-        """Return the run that computes the frontier."""
-        tokens, last = self._tree.tokens, self._length - 1
+        """Return the run that computes the level."""
+        nodes, last = self.growth.nodes, self._length - 1
         return Run(
-            tokens=[tokens[node] for node in self.frontier],
-            positions=[last + self._depth_of[node] for node in self.frontier],
+            tokens=[nodes[node].token for node in self.computed],
+            positions=[last + self._depth_of[node] for node in self.computed],
             end=self._length + len(self._parents),
             parents=self._parents,
-            num_drawn=len(self.frontier),
+            num_drawn=len(self.computed),
         )
 
     def specs(self) -> list[SampleSpec]:
-        """Return how the target draws behind each node of the frontier."""
-        return [self._spec(node) for node in self.frontier]
+        """Return how the target draws behind each node of the level."""
+        return [self._spec(node) for node in self.computed]
+
+    def lanes(self) -> list[int | None]:
+        """Return the noise that children of each node of the level are drawn with."""
+        if self.row.context.is_coupled:
+            return [None] * len(self.computed)
+        return [draft_lane(node, self._depth_of[node]) for node in self.computed]
 
     def _spec(self, node: int) -> SampleSpec:
         base = self._base
@@ -165,12 +171,20 @@ class _Branch:
             return base
         output = base.output_token_ids
         if output is not None:
-            output += tuple(self._tree.tokens[i] for i in self._tree.path_to(node))
+            output += tuple(self._path_to(node))
         position = base.position + self._depth_of[node]
         return SampleSpec(base.sampling, base.stream, position, 0, base.prompt_token_ids, output)
 
+    def _path_to(self, node: int) -> list[int]:
+        """Return the tokens from the root's child down to a node."""
+        path: list[int] = []
+        while node != ROOT:
+            path.append(self.growth.nodes[node].token)
+            node = self.growth.nodes[node].parent
+        return path[::-1]
 
-def _base_spec(context: DraftContext) -> SampleSpec:
+
+def base_spec(context: DraftContext) -> SampleSpec:
     """Return how the target draws behind the sequence's last token."""
     tokens, has_penalties = context.token_ids, context.sampling.has_penalties
     return SampleSpec(

@@ -13,24 +13,33 @@ Shape legend: S sequences, K heads, E hidden size, V vocabulary, C candidates.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+from paceline.domain.request import SamplingParams
+from paceline.engine.kernels import PackedLinear, has_cpp_kernels
 from paceline.engine.models.config import ModelConfig, UnsupportedModelError, load_model_config
 from paceline.engine.spec.calibration import Calibration
+from paceline.engine.spec.candidates import candidates
 from paceline.engine.spec.drafter import DraftBudget, DraftContext, DrafterNeeds, Round
+from paceline.engine.spec.drafters.levels import base_spec
 from paceline.engine.spec.drafters.medusa_file import MedusaConfig, MedusaHead, load_medusa
 from paceline.engine.spec.growth import Candidates, TreeBuilder
 from paceline.engine.spec.tree import EMPTY_TREE, ROOT, DraftTree
+from paceline.engine.step import SampleSpec
 from paceline.engine.weights import load_tensors, model_digest
 
 NUM_CANDIDATES = 10
 """Best tokens of a head; the paper's trees use no more."""
 _VERSION_DIGITS = 12
+_NOTHING = Candidates((), ())
+_Product = Callable[[torch.Tensor], torch.Tensor]
+_GREEDY = SamplingParams(temperature=0.0)
 
 
 class MedusaHeads:
@@ -47,32 +56,37 @@ class MedusaHeads:
             lm_head_VE: the target's, for heads that have none of their own.
         """
         self.num_heads = config.num_heads
-        self._blocks = [
-            (
-                torch.stack([head.blocks[i][0].float().t() for head in heads]).contiguous(),
-                torch.stack([head.blocks[i][1].float() for head in heads])[:, None],
-            )
-            for i in range(config.num_layers)
-        ]
-        # bf16 halves what a row reads; the sums are float32.
+        self._blocks = [[_product(*block) for block in head.blocks] for head in heads]
+        lm_head = _product(lm_head_VE)
         self._heads = [
-            None if head.head_VE is None else head.head_VE.bfloat16().contiguous() for head in heads
+            lm_head if head.head_VE is None else _product(head.head_VE) for head in heads
         ]
-        self._lm_head_VE = lm_head_VE.bfloat16().contiguous()
+        self._is_one_product = all(head is lm_head for head in self._heads)
 
     def logits(self, hidden_SE: torch.Tensor) -> torch.Tensor:
         """Return what each head says of each sequence, float32 [S, K, V]."""
-        x_KSE = hidden_SE.float().expand(self.num_heads, *hidden_SE.shape)
-        for weight_KEE, bias_K1E in self._blocks:
-            x_KSE = x_KSE + F.silu(torch.baddbmm(bias_K1E, x_KSE, weight_KEE))
-        x_KSE = x_KSE.bfloat16()
-        if all(head_VE is None for head_VE in self._heads):
-            return F.linear(x_KSE, self._lm_head_VE).float().transpose(0, 1)
-        parts = [
-            F.linear(x_SE, self._lm_head_VE if head_VE is None else head_VE)
-            for x_SE, head_VE in zip(x_KSE, self._heads, strict=True)
-        ]
-        return torch.stack(parts, dim=1).float()
+        x_KSE = [self._through_blocks(k, hidden_SE.float()) for k in range(self.num_heads)]
+        if self._is_one_product:
+            logits_NV = self._heads[0](torch.cat(x_KSE))
+            return torch.stack(logits_NV.split(len(hidden_SE)), dim=1)
+        return torch.stack([head(x_SE) for head, x_SE in zip(self._heads, x_KSE, strict=True)], 1)
+
+    def _through_blocks(self, head: int, x_SE: torch.Tensor) -> torch.Tensor:
+        for block in self._blocks[head]:
+            x_SE = x_SE + F.silu(block(x_SE))
+        return x_SE
+
+
+def _product(weight_OE: torch.Tensor, bias_O: torch.Tensor | None = None) -> _Product:
+    """Return x W^T + b in float32, with packed bf16 weights where there are C++ kernels.
+
+    For one row of 896 and 32,768 outputs these take 1.9 ms, torch's bf16 6.2, its float32 8.3.
+    """
+    if has_cpp_kernels():
+        return PackedLinear(weight_OE, bias_O, weight_type="bf16")
+    return partial(
+        F.linear, weight=weight_OE.float(), bias=None if bias_O is None else bias_O.float()
+    )
 
 
 @dataclass(slots=True)
@@ -119,7 +133,7 @@ class MedusaDrafter:
     ) -> list[DraftTree]:
         """Return a tree for each sequence whose last step was observed, else an empty one."""
         known = [
-            state
+            (context, state)
             for context in contexts
             if (state := self._states.get(context.sequence_id)) is not None
             and state.length == len(context.token_ids)
@@ -145,16 +159,16 @@ class MedusaDrafter:
         """Drop a sequence's hidden state."""
         self._states.pop(sequence_id, None)
 
-    def _compute(self, states: Sequence[_State]) -> None:
-        logits_SKV = self._heads.logits(torch.stack([state.hidden_E for state in states]))
-        best = logits_SKV.topk(min(NUM_CANDIDATES, logits_SKV.shape[-1]), dim=-1)
-        probs_SKC = (best.values - logits_SKV.logsumexp(dim=-1, keepdim=True)).exp()
-        pairs = zip(best.indices.tolist(), probs_SKC.tolist(), strict=True)
-        for state, (tokens_KC, probs_KC) in zip(states, pairs, strict=True):
-            state.candidates = [
-                Candidates(tuple(tokens_C), tuple(probs_C))
-                for tokens_C, probs_C in zip(tokens_KC, probs_KC, strict=True)
-            ]
+    def _compute(self, known: Sequence[tuple[DraftContext, _State]]) -> None:
+        hidden_SE = torch.stack([state.hidden_E for _, state in known])
+        logits_SKV = self._heads.logits(hidden_SE)
+        specs = [
+            _spec(context, depth) for context, _ in known for depth in range(logits_SKV.shape[1])
+        ]
+        rows = candidates(logits_SKV.flatten(0, 1), specs, [None] * len(specs), NUM_CANDIDATES)
+        per_sequence = logits_SKV.shape[1]
+        for s, (_, state) in enumerate(known):
+            state.candidates = rows[s * per_sequence : (s + 1) * per_sequence]
 
     def _grow(self, context: DraftContext, budget: DraftBudget) -> DraftTree:
         state = self._states.get(context.sequence_id)
@@ -167,16 +181,11 @@ class MedusaDrafter:
         growth = self._builder.start(budget, self.name)
         depth_of = {ROOT: 0}
         while frontier := growth.frontier():
-            parents = growth.tree().parents
             for node in frontier:
                 if node != ROOT:
-                    depth_of[node] = depth_of[parents[node]] + 1
-            growth.expand(
-                [
-                    levels[depth_of[node]] if depth_of[node] < len(levels) else Candidates((), ())
-                    for node in frontier
-                ]
-            )
+                    depth_of[node] = depth_of[growth.nodes[node].parent] + 1
+            depths = [depth_of[node] for node in frontier]
+            growth.expand([levels[d] if d < len(levels) else _NOTHING for d in depths])
         return growth.tree()
 
     def _count(self, done: Round) -> None:
@@ -193,6 +202,17 @@ class MedusaDrafter:
         for token, own, worth in zip(done.emitted, state.candidates, self._worth, strict=False):
             for candidate, confidence in zip(own.tokens, own.confidences, strict=True):
                 worth.add(confidence, candidate == token)
+
+
+def _spec(context: DraftContext, depth: int) -> SampleSpec:
+    """Return how the target draws the token `depth` tokens behind the root's child.
+
+    Penalties are those at the root. Where children are not guesses of what the target draws
+    with its noise, they are point masses: the head's likeliest tokens.
+    """
+    base = base_spec(context)
+    sampling = base.sampling if context.is_coupled else _GREEDY
+    return replace(base, sampling=sampling, position=base.position + depth)
 
 
 def load_medusa_heads(directory: Path, target: Path) -> tuple[MedusaHeads, str]:

@@ -20,7 +20,7 @@ from paceline.engine.models.config import ModelConfig, UnsupportedModelError, lo
 from paceline.engine.models.load import KV_DTYPES, Model, ModelOptions, load_model
 from paceline.engine.spec.drafter import DraftBudget, DraftContext, DrafterNeeds, Round
 from paceline.engine.spec.drafters.draft_pages import DraftPages
-from paceline.engine.spec.drafters.levels import CandidateSource, LevelRow, grow_trees
+from paceline.engine.spec.drafters.levels import LevelRow, grow_trees
 from paceline.engine.spec.drafters.passes import Pass, PassLayout
 from paceline.engine.spec.drafters.vocabulary import check_same_vocabulary
 from paceline.engine.spec.growth import TreeBuilder
@@ -106,7 +106,6 @@ class ModelDrafter:
         draft: DraftModel,
         *,
         builder: TreeBuilder,
-        candidates: CandidateSource,
         kv_memory_mb: int = 64,
         catch_up_tokens: int = 512,
     ) -> None:
@@ -116,7 +115,6 @@ class ModelDrafter:
             ValueError: the memory is less than one page.
         """
         self._builder = builder
-        self._candidates = candidates
         self._kv_memory_mb = kv_memory_mb
         self._catch_up_tokens = catch_up_tokens
         self._layout = PassLayout(draft.block_size)
@@ -172,7 +170,6 @@ class ModelDrafter:
             self._layout,
             self._forward,
             self._builder,
-            self._candidates,
             self.name,
         )
         for row in rows.values():
@@ -222,11 +219,14 @@ class ModelDrafter:
         # The last nodes of a tree are not computed, so paths may end one behind the context.
         if length + budget.depth - 1 > self._draft.max_context_tokens:
             return None
-        pages = self.pages.reserve(context.sequence_id, length + budget.nodes, admitted)
+        # Shapes that drop nodes again compute more than they keep.
+        num_slots = length + 2 * budget.nodes
+        pages = self.pages.reserve(context.sequence_id, num_slots, admitted)
         if pages is None:
             return None
         start = length - pending
-        return LevelRow(context, budget, start, start + count, pages.ids)
+        size = self._draft.block_size
+        return LevelRow(context, budget, start, start + count, pages.ids, size)
 
     def _forward(self, batch: Pass) -> torch.Tensor:
         model = self._draft.model
@@ -245,7 +245,6 @@ def make(
     directory: str | Path,
     target: str | Path,
     builder: TreeBuilder,
-    candidates: CandidateSource,
     options: DraftModelOptions = DraftModelOptions(),
     version: str | None = None,
 ) -> ModelDrafter:
@@ -258,7 +257,6 @@ def make(
     return ModelDrafter(
         draft,
         builder=builder,
-        candidates=candidates,
         kv_memory_mb=options.kv_memory_mb,
         catch_up_tokens=options.catch_up_tokens,
     )
