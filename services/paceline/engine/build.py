@@ -30,6 +30,7 @@ from paceline.engine.options import EngineOptions
 from paceline.engine.probe import StepTimer
 from paceline.engine.runner import Runner
 from paceline.engine.scheduler import Scheduler
+from paceline.engine.spec.assemble import check_options, make_speculator
 from paceline.engine.weights import model_digest
 
 
@@ -94,8 +95,18 @@ def build_engine(options: EngineOptions) -> tuple[Engine, EngineCard]:
         eos_token_ids=frozenset(config.eos_token_ids),
         pace=StepPace(cost, options.mixed_step_ratio),
     )
+    speculator = make_speculator(
+        options,
+        cost,
+        runner.lend(scheduler.pool, max_context_tokens=max_context),
+    )
     engine = Engine(
-        runner, scheduler, kv_root=root, vocab_size=config.vocab_size, monotonic=time.monotonic
+        runner,
+        scheduler,
+        kv_root=root,
+        vocab_size=config.vocab_size,
+        monotonic=time.monotonic,
+        speculator=speculator,
     )
     card = EngineCard(
         config=config,
@@ -107,6 +118,8 @@ def build_engine(options: EngineOptions) -> tuple[Engine, EngineCard]:
         num_kv_blocks=num_pages,
         max_context_tokens=max_context,
         step_cost=cost,
+        drafters=() if speculator is None else speculator.arms,
+        draft_version="" if speculator is None else speculator.version,
     )
     return engine, card
 
@@ -132,6 +145,7 @@ def _step_cost(
 
 
 def _check_options(options: EngineOptions) -> None:
+    check_options(options)
     if options.dtype not in KV_DTYPES:
         raise ValueError(f"dtype {options.dtype!r}: expected one of {sorted(KV_DTYPES)}")
     for name in ("block_size", "chunk_tokens", "max_num_seqs", "threads", "kv_memory_mb"):

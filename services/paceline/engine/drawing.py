@@ -8,12 +8,17 @@ file with the step's logits. Shape legend: M places to draw at, row after row; V
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+import numpy as np
 import torch
 
+from paceline.engine.sampling import reference
+from paceline.engine.sampling.distribution import probabilities
+from paceline.engine.sampling.noise import verifier_uniforms
 from paceline.engine.sampling.sampler import sample
 from paceline.engine.spec.tree import ROOT, DraftTree
-from paceline.engine.spec.verify import Verdict, verify_coupled
+from paceline.engine.spec.verify import Floats, Verdict, verify_coupled, verify_rejection
 from paceline.engine.step import NOTHING, Row, RowResult, SampledToken, SampleSpec
 
 _NONE = -1
@@ -40,12 +45,14 @@ def draw(rows: Sequence[Row], logits_MV: torch.Tensor, num_successors: int) -> l
         if row.sample is None:
             results.append(NOTHING)
             continue
-        end = begin + 1 + len(row.tree)
-        result = _coupled(row.tree, drawn_M[begin:end])
+        places = slice(begin, begin + 1 + len(row.tree))
+        begin = places.stop
+        result = None if row.is_coupled else _rejected(row.tree, logits_MV[places], specs[places])
+        if result is None:
+            result = _coupled(row.tree, drawn_M[places])
         if successors_M is not None and result.tokens:
-            result = RowResult(result.tokens, result.path, successors_M[begin:end])
+            result = replace(result, successors=successors_M[places])
         results.append(result)
-        begin = end
     return results
 
 
@@ -83,3 +90,29 @@ def _coupled(tree: DraftTree, drawn: Sequence[SampledToken | None]) -> RowResult
     places = [ROOT, *verdict.path]
     tokens = [drawn[place + 1] for place in places]
     return RowResult(tuple([token for token in tokens if token is not None]), verdict.path)
+
+
+def _rejected(
+    tree: DraftTree, logits_PV: torch.Tensor, specs: Sequence[SampleSpec]
+) -> RowResult | None:
+    """Verify by recursive rejection; None where a place on the way has no distribution."""
+
+    def target(node: int) -> Floats:
+        probs_1V = probabilities(logits_PV[node + 1 : node + 2], [specs[node + 1]])
+        return np.asarray(probs_1V[0].numpy())
+
+    most = max(map(len, tree.children().values()))
+    uniforms_PK = verifier_uniforms(specs[0], 1 + max(tree.depths), 1 + most)
+    try:
+        verdict = verify_rejection(tree, target, uniforms_PK)
+    except ValueError:
+        return None
+    places = [ROOT, *verdict.path]
+    tokens = [*(tree.tokens[node] for node in verdict.path), verdict.token]
+    return RowResult(
+        tuple(
+            SampledToken(token, reference.logprobs(logits_PV[place + 1], specs[place + 1], token))
+            for place, token in zip(places, tokens, strict=True)
+        ),
+        verdict.path,
+    )

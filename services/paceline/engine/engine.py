@@ -22,6 +22,7 @@ from paceline.engine.ports import BlockArena, Slot, StepRunner, StoredBlock
 from paceline.engine.reports import end_report, load_report, step_report
 from paceline.engine.request import Phase, Request, Sequence, check_tokens
 from paceline.engine.scheduler import Scheduler
+from paceline.engine.spec.report import PacedReport
 from paceline.engine.step import SampledToken, StepPlan
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class Engine:
         """Without a speculator every step brings one token per sequence."""
         self._runner = runner
         self._speculator = speculator
+        self._reports = None if speculator is None else PacedReport(speculator.report)
         self._scheduler = scheduler
         self._kv_root = kv_root
         self._vocab_size = vocab_size
@@ -168,7 +170,10 @@ class Engine:
     def load(self) -> EngineLoad:
         """Report how busy the engine is."""
         return load_report(
-            self._scheduler, last_step_s=self._last_step_s, num_steps=self._num_steps
+            self._scheduler,
+            last_step_s=self._last_step_s,
+            num_steps=self._num_steps,
+            speculation=None if self._reports is None else self._reports.at(self._monotonic()),
         )
 
     def check_integrity(self) -> list[str]:

@@ -15,9 +15,11 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from paceline.engine.blocks import BlockPool
 from paceline.engine.drawing import draw
 from paceline.engine.kernels import AttentionBatch, move_kv
 from paceline.engine.models.load import Model
+from paceline.engine.spec.lent_target import LentTarget
 from paceline.engine.spec.tree import ROOT, DraftTree
 from paceline.engine.step import NOTHING, Row, RowResult, StepPlan, StepResult
 
@@ -43,6 +45,16 @@ class Runner:
     def page_bytes(self) -> int:
         """Bytes of one page."""
         return int(self._bytes_P.shape[1])
+
+    def lend(self, pool: BlockPool, *, max_context_tokens: int) -> LentTarget:
+        """Let drafters compute with the model and its KV, in pages of the pool."""
+        return LentTarget(
+            self._model,
+            self._kv_PL2KTD,
+            pool,
+            block_size=self._block_size,
+            max_context_tokens=max_context_tokens,
+        )
 
     def read_page(self, page: int, out: memoryview) -> None:
         """Copy a page's bytes into `out`."""

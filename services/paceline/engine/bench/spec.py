@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -21,7 +21,7 @@ from paceline.domain.request import GenerationSpec, SamplingParams, TokenChunk
 from paceline.engine.bench.options import SpecOptions
 from paceline.engine.bench.rig import Rig, warm_collector
 from paceline.engine.build import build_engine
-from paceline.engine.events import FailedEvent, OutputEvent
+from paceline.engine.events import EngineEvent, FailedEvent, OutputEvent
 from paceline.engine.options import EngineOptions
 
 _OFF = "OFF"
@@ -177,7 +177,9 @@ def _requests(
         )
 
 
-def _book(run: _Run, prompts: list[_Prompt], events: list[object], step_s: float | None) -> None:
+def _book(
+    run: _Run, prompts: list[_Prompt], events: Sequence[EngineEvent], step_s: float | None
+) -> None:
     """Count what a step brought; without a time it does not count for rates."""
     num_tokens: dict[str, int] = defaultdict(int)
     for event in events:

@@ -40,7 +40,7 @@ def sample(logits_RV: torch.Tensor, specs: list[SampleSpec]) -> list[SampledToke
         for r, token in zip(drawn, _draw(centred, [specs[r] for r in drawn]), strict=True):
             tokens[r] = token
     return [
-        None if token is None else SampledToken(token, _logprobs(logits_RV[r], specs[r], token))
+        None if token is None else SampledToken(token, logprobs(logits_RV[r], specs[r], token))
         for r, token in enumerate(tokens)
     ]
 
@@ -79,7 +79,8 @@ def _argmax_of_candidates(logits_RV: torch.Tensor, keys: NoiseKeys) -> list[int]
     return tokens
 
 
-def _logprobs(logits_V: torch.Tensor, spec: SampleSpec, token: int) -> TokenLogprobs | None:
+def logprobs(logits_V: torch.Tensor, spec: SampleSpec, token: int) -> TokenLogprobs | None:
+    """Return what a row reports of its token; None if it asked for nothing."""
     if spec.num_logprobs <= 0:
         return None
     logprobs_V = logits_V.log_softmax(dim=-1)

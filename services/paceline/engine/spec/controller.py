@@ -37,6 +37,8 @@ _FIRST_TRIALS = 4
 """Rounds in which an arm that nobody has used yet is tried whatever it costs."""
 _MARGIN = 1.02
 """How much faster than no draft one must be to be made: predictions are off by some per cent."""
+_USUAL_SIZE = 4
+"""Nodes that a draft is taken to have where nothing better is known."""
 _DECIDE_EVERY = 4
 """Rounds of a sequence between two choices of its arm."""
 _DOMAIN_RATE, _SEQUENCE_RATE = 0.02, 0.1
@@ -216,11 +218,12 @@ class Controller:
         if row.mode != "AUTO":
             if row.mode not in self._draft_times:
                 return Decision(OFF, OFF)
-            choice = self._choose(sequence, (row.mode,), times, can_be_off=False)
-            return self._decision(row, sequence, choice, "forced")
-        choice = sequence.choice
-        if choice is None or choice.rounds_left == 0 or choice.num_rows != times.rows:
-            choice = sequence.choice = self._choose(sequence, self._arms, times)
+            return self._decision(row, sequence, self._forced(sequence, row.mode, times), "forced")
+        kept = sequence.choice
+        if kept is not None and kept.rounds_left and kept.num_rows == times.rows:
+            choice = kept
+        else:
+            choice = sequence.choice = self._choose(sequence, times)
         choice.rounds_left -= 1
         if may_explore:
             other = self._explored(sequence, choice, times)
@@ -243,31 +246,35 @@ class Controller:
         )
         return Decision(choice.arm, reason, budget, choice.rate, choice.off_rate)
 
-    def _choose(
-        self,
-        sequence: _Sequence,
-        arms: Sequence[str],
-        times: NodeCurve,
-        *,
-        can_be_off: bool = True,
-    ) -> _Choice:
+    def _choose(self, sequence: _Sequence, times: NodeCurve) -> _Choice:
         """Return the arm and the size of the highest expected rate."""
+        off_rate = times.rows / times.at(0)
+        best_arm, best_rate, best_size = OFF, off_rate * _MARGIN, 0
+        for arm in self._arms:
+            rate, size = self._best_size(sequence.profile(arm), arm, times)
+            if rate > best_rate:
+                best_arm, best_rate, best_size = arm, rate, size
+        if best_arm == OFF:
+            return _Choice(OFF, 0, 1.0, off_rate, off_rate, times.rows)
+        return self._sized(best_arm, best_size, best_rate, times)
+
+    def _forced(self, sequence: _Sequence, arm: str, times: NodeCurve) -> _Choice:
+        """Return the best size for an arm, which drafts even if no draft were faster."""
+        profile = sequence.profile(arm)
+        rate, size = self._best_size(profile, arm, times)
+        if profile.num_drafts < _FIRST_TRIALS:
+            size = self._max_nodes
+        return self._sized(arm, size, rate, times)
+
+    def _sized(self, arm: str, size: int, rate: float, times: NodeCurve) -> _Choice:
         rows = times.rows
         off_rate = rows / times.at(0)
-        best_arm, best_nodes = OFF, 0
-        best_rate = off_rate * _MARGIN if can_be_off else 0.0
-        for arm in arms:
-            rate, nodes = self._best_size(sequence.profile(arm), arm, times)
-            if rate > best_rate:
-                best_arm, best_rate, best_nodes = arm, rate, nodes
-        if best_arm == OFF:
-            return _Choice(OFF, 0, 1.0, off_rate, off_rate, rows)
-        # What one more node must bring to be worth the time it takes of all rows.
-        slope_s = times.slope(max(1, rows * best_nodes))
-        threshold = _LENIENCE * max(best_rate, off_rate) * slope_s
-        # With room for the draft that is better than the mean one.
-        nodes = min(self._max_nodes, 2 * best_nodes + 2)
-        return _Choice(best_arm, nodes, min(threshold, 0.5), best_rate, off_rate, rows)
+        # What one more node must bring to be worth the time that it takes all rows.
+        slope_s = times.slope(max(1, rows * min(size, _USUAL_SIZE)))
+        threshold = min(0.5, _LENIENCE * max(rate, off_rate) * slope_s)
+        # With room for a draft that is better than the mean one.
+        nodes = min(self._max_nodes, 2 * size + 2)
+        return _Choice(arm, nodes, threshold, rate, off_rate, rows)
 
     def _best_size(self, profile: Profile, arm: str, times: NodeCurve) -> tuple[float, int]:
         """Return the best rate over the numbers of nodes per row, and that number."""
@@ -288,16 +295,13 @@ class Controller:
             return None
         num_drafts = {arm: sequence.domain.profiles[arm].num_drafts for arm in arms}
         arm = min(arms, key=num_drafts.__getitem__)
-        size = 4
-        cost_s = self._draft_times[arm].of(1) + times.at(size) - times.at(0)
+        cost_s = self._draft_times[arm].of(1) + times.at(_USUAL_SIZE) - times.at(0)
         is_new = self._all.profiles[arm].num_drafts < _FIRST_TRIALS
         if not is_new:
             if self._allowance_s < cost_s:
                 return None
             self._allowance_s -= cost_s
-        threshold = _LENIENCE * times.rows / times.at(0) * times.slope(size)
-        rows, off_rate = times.rows, choice.off_rate
-        return _Choice(arm, self._max_nodes, min(threshold, 0.5), choice.rate, off_rate, rows)
+        return self._sized(arm, self._max_nodes, choice.rate, times)
 
     def _sequence(self, row: RowView) -> _Sequence:
         sequence = self._sequences.get(row.sequence_id)

@@ -82,4 +82,5 @@ class DraftTimes:
         size = num_sequences.bit_length()
         nearest = min(self._seconds, key=lambda known: abs(known - size))
         # Somewhere between once for all and once for each.
-        return self._seconds[nearest] * 2.0 ** (0.5 * (size - nearest))
+        scale: float = 2.0 ** (0.5 * (size - nearest))
+        return self._seconds[nearest] * scale

@@ -81,6 +81,11 @@ class Speculator:
         """Versions of the weights that draft; empty without any."""
         return "+".join(d.version for d in self._parts.drafters.values() if d.version)
 
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """Names that requests may ask for."""
+        return tuple(self._parts.arms)
+
     def report(self) -> SpeculationReport:
         """Return what was brought since the start."""
         return self._tally.report(self._controller, self.version)

@@ -20,8 +20,11 @@ Factory = Callable[..., Drafter]
 _DRAFTERS: dict[str, str | Factory] = {
     "trie": "paceline.engine.spec.drafters.trie:TrieDrafter",
     "recycling": "paceline.engine.spec.drafters.recycling:RecyclingDrafter",
+    "model": "paceline.engine.spec.drafters.model:make",
+    "layer-skip": "paceline.engine.spec.drafters.layer_skip:make",
+    "medusa": "paceline.engine.spec.drafters.medusa:make",
 }
-"""Name -> module:class, or what makes one."""
+"""Name -> module:class (or function), or what makes one."""
 
 
 def register(name: str, factory: str | Factory) -> None:
@@ -41,7 +44,9 @@ def drafter_names() -> tuple[str, ...]:
     return tuple(_DRAFTERS)
 
 
-def make_drafter(name: str, options: Mapping[str, Mapping[str, Any]] | None = None) -> Drafter:
+def make_drafter(
+    name: str, options: Mapping[str, Mapping[str, Any] | None] | None = None
+) -> Drafter:
     """Return a new drafter.
 
     Args:
@@ -62,4 +67,4 @@ def make_drafter(name: str, options: Mapping[str, Mapping[str, Any]] | None = No
         made: Factory = getattr(import_module(module), cls)
     else:
         made = factory
-    return made(**options.get(name, {}))
+    return made(**(options.get(name) or {}))

@@ -75,6 +75,8 @@ class LayerSkipDrafter:
     name = "layer-skip"
     version = ""
     needs = DrafterNeeds()
+    state_bytes = 0
+    state_entries = 0
 
     def __init__(
         self,

@@ -120,6 +120,16 @@ class MedusaDrafter:
         self._states: dict[int, _State] = {}
         self._worth = [Calibration() for _ in range(heads.num_heads)]
 
+    @property
+    def state_bytes(self) -> int:
+        """Memory of the hidden states kept."""
+        return sum(state.hidden_E.nbytes for state in self._states.values())
+
+    @property
+    def state_entries(self) -> int:
+        """Hidden states kept."""
+        return len(self._states)
+
     def swap(self, heads: MedusaHeads, version: str) -> None:
         """Draft with other heads from the next round on."""
         self._heads, self.version = heads, version

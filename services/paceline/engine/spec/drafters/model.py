@@ -125,6 +125,16 @@ class ModelDrafter:
         """Version of the weights."""
         return self._draft.version
 
+    @property
+    def state_bytes(self) -> int:
+        """Memory of the KV that sequences hold."""
+        return self.state_entries * self._page_bytes
+
+    @property
+    def state_entries(self) -> int:
+        """Pages that sequences hold."""
+        return self.pages.num_pages - self.pages.num_free
+
     def swap(self, draft: DraftModel) -> None:
         """Draft with other weights from the next round on; all KV of the old ones is dropped.
 
@@ -142,6 +152,7 @@ class ModelDrafter:
         if num_pages < 1:
             raise ValueError(f"kv_memory_mb {self._kv_memory_mb}: not one page of a draft's KV")
         self._draft = draft
+        self._page_bytes = shape.numel() * draft.kv_dtype.itemsize
         self._layout = PassLayout(draft.block_size)
         self.pages = DraftPages(num_pages, draft.block_size)
         # Zeros take memory when they are first touched.
