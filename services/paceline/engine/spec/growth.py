@@ -29,9 +29,8 @@ class Candidates:
 
     tokens: tuple[int, ...]
     confidences: tuple[float, ...]
-    """The draft's probability that the target's token is this one. With a proposal: the
-    probability that the draw is reached, before it is known which token it brings, times
-    nothing else: what a node is worth must not depend on a draw that could still be dropped."""
+    """The draft's probability that the target's token is this one, given that the node is
+    right. With a proposal that is the token's probability in it."""
     draws: tuple[float, ...] = ()
     """Perturbed log-probabilities (log q + Gumbel) of the tokens, falling; for stochastic beams.
     Empty for coupled drafts."""

@@ -17,7 +17,8 @@ class Proposal:
     """The distribution that some children of a node were drawn from, without replacement.
 
     The verifier needs exactly the one that was used: after temperature, truncation and
-    whatever else. Tokens that are not named have probability 0.
+    whatever else. Tokens that are not named have probability 0. All that are named lie in the
+    target's vocabulary.
     """
 
     tokens: tuple[int, ...]
@@ -36,11 +37,16 @@ class DraftTree:
     confidences: tuple[float, ...] = ()
     """The drafter's own probability that a node is right, given that its parent is; in [0, 1]."""
     values: tuple[float, ...] = ()
-    """Estimated probability that a node and all in front of it are accepted."""
+    """Estimated probability that a node and all in front of it are accepted; of a drawn node,
+    that its turn comes: that all in front of it and none of its elder siblings are accepted.
+    This is known before its token is drawn, so a tree may be cut to its nodes of most value, a
+    drawn node before what hangs under it and before its younger siblings where values tie.
+    Cutting drawn nodes by anything that knows their tokens would change the output."""
     sources: tuple[str, ...] = ()
     """Name of the drafter that proposed a node."""
     proposals: Mapping[int, Proposal] = field(default_factory=dict)
-    """By parent; children of other parents are all point masses (retrieved, best-of, greedy)."""
+    """By parent; children of other parents are all point masses (retrieved, best-of, greedy).
+    A point mass is a token that was chosen knowing at most the tokens of its elder siblings."""
 
     def __len__(self) -> int:
         return len(self.tokens)
