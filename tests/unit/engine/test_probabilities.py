@@ -56,7 +56,7 @@ def test_they_are_those_of_the_documented_order(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["plain", "everything"])
 def test_drawn_tokens_follow_them(name: str) -> None:
-    num = 30_000
+    num = 12_000
     logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(2)).expand(num, -1)
     specs = [
         SampleSpec(replace(PARAMS[name], seed=i), 0, 7, 0, (1, 2), (2, 2, 3)) for i in range(num)
@@ -66,7 +66,7 @@ def test_drawn_tokens_follow_them(name: str) -> None:
     assert sum(counts.values()) == num
     assert all(probs[token] > 0 for token in counts)
     distance = 0.5 * sum(abs(counts[i] / num - float(probs[i])) for i in range(VOCAB))
-    assert distance < 0.01
+    assert distance < 0.015
 
 
 @settings(max_examples=100, deadline=None)

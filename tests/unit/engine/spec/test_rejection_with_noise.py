@@ -43,7 +43,7 @@ Score = Callable[[Growth], list[Path]]
 def test_a_stochastic_beam_is_exact() -> None:
     """Beams compare draws of several parents, which enumeration cannot: trees are simulated,
     and what is emitted for each of them is computed exactly."""
-    vocab, num = 3, 30_000
+    vocab, num = 3, 20_000
     target, draft = cache(random_model(1, vocab)), cache(random_model(2, vocab))
     rng = np.random.default_rng(0)
     gumbels = rng.gumbel(size=(num, 1 + 2, vocab))
@@ -164,7 +164,7 @@ def test_verdicts_follow_the_probabilities_of_their_children() -> None:
 @pytest.mark.parametrize("name", BUILDERS)
 def test_all_parts_together_leave_the_distribution_alone(name: str) -> None:
     """Two rounds of real drafts and verdicts; the second drafts at positions of the first."""
-    vocab, num, length = 3, 1200, 3
+    vocab, num, length = 3, 800, 3
     target, draft = cache(random_model(1, vocab, 1.0)), cache(random_model(2, vocab, 1.0))
     counts: Counter[Path] = Counter()
     accepted = 0
