@@ -121,8 +121,8 @@ inline bool is_read_in_place(const AttentionShape& s) {
   return s.block_size % 16 == 0 && s.head_size == padded_head(s);
 }
 
-// Makes the first `count` tokens from `begin` readable, those of the last tile as copies, and leaves
-// the rest of the block to be filled.
+// Makes the first `count` tokens from `begin` readable, those of the last tile as copies; the rest
+// of the block is zeros, to be filled.
 inline KvBlock open_front(const Context& c, int begin, int count, int kv_head,
                           AttentionScratch& scratch) {
   KvBlock block = empty_copy(c, scratch);
