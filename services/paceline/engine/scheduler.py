@@ -221,7 +221,8 @@ class Scheduler:
         """Book a step: return who advanced, with the tokens taken, and who failed.
 
         Of an accepted draft only what comes in front of the sequence's end is taken. Failed
-        sequences stay as they were before the step; the caller ends them.
+        sequences stay as they were before the step; the caller ends them. A row with a draft may
+        have failed for what was drafted: its sequence has done nothing in this step.
         """
         by_id, block_size = {s.id: s for s in self.running}, self.block_size
         self._num_steps += 1
@@ -230,7 +231,8 @@ class Scheduler:
         for i, (row, brought) in enumerate(zip(plan.rows, result.rows, strict=True)):
             sequence = by_id[row.sequence_id]
             if i in result.failed_rows:
-                failed.append(sequence)
+                if not row.tree.tokens:
+                    failed.append(sequence)
                 continue
             if sequence.pending_copy is not None:
                 self.pool.free(sequence.pending_copy[:1])

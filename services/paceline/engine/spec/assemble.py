@@ -83,6 +83,7 @@ def make_speculator(
         arms=arms,
         controller=controller,
         max_context_tokens=target.max_context_tokens,
+        vocab_size=target.model.config.vocab_size,
         target=target,
         may_reject=options.verifier == "rejection",
     )

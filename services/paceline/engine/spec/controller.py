@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import random
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from paceline.domain.cost import StepCost, StepShape
@@ -207,6 +207,12 @@ class Controller:
                 profile.settle(promised, len(outcome.path))
             self._calibrate(self._sequences[outcome.sequence_id].domain, outcome)
 
+    def retire(self, arms: Collection[str]) -> None:
+        """Choose these arms no more."""
+        self._arms = tuple(arm for arm in self._arms if arm not in arms)
+        for sequence in self._sequences.values():
+            sequence.choice = None
+
     def forget(self, sequence_id: int) -> None:
         """Let go of a sequence."""
         self._sequences.pop(sequence_id, None)
@@ -216,7 +222,7 @@ class Controller:
         if row.depth < 1:
             return Decision(OFF, OFF)
         if row.mode != "AUTO":
-            if row.mode not in self._draft_times:
+            if row.mode not in self._arms:
                 return Decision(OFF, OFF)
             return self._decision(row, sequence, self._forced(sequence, row.mode, times), "forced")
         kept = sequence.choice

@@ -10,20 +10,24 @@ what is emitted; all of it is about how fast.
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from paceline.domain.cost import StepShape
 from paceline.engine.request import Sequence
 from paceline.engine.scheduler import Advance
 from paceline.engine.spec.controller import OFF, Controller, Decision, Outcome, RowView
-from paceline.engine.spec.drafter import DraftContext, Drafter, DrafterNeeds, Round
+from paceline.engine.spec.drafter import DraftBudget, DraftContext, Drafter, DrafterNeeds, Round
 from paceline.engine.spec.lent_target import LentTarget
 from paceline.engine.spec.report import SpeculationReport
 from paceline.engine.spec.tally import Tally
-from paceline.engine.spec.tree import EMPTY_TREE, DraftTree
+from paceline.engine.spec.tree import EMPTY_TREE, ROOT, DraftTree
 from paceline.engine.step import StepPlan, StepResult
+
+logger = logging.getLogger(__name__)
 
 _SUCCESSORS_EVERY = 8
 """Steps between reports of successors while nobody that needs them is in use: ranking the logits
@@ -40,6 +44,7 @@ class Speculation:
     """What the controller chooses from: the drafters, and unions of them."""
     controller: Controller
     max_context_tokens: int
+    vocab_size: int
     target: LentTarget | None = None
     """What drafters borrow of the engine."""
     may_reject: bool = False
@@ -61,6 +66,10 @@ class Speculator:
         """Of the running step."""
         self._draft_s: dict[str, tuple[int, float]] = {}
         self._num_steps = 0
+        self._arms = dict(parts.arms)
+        """Those that have not misbehaved."""
+        self._undrafted: set[int] = set()
+        """Sequences whose step failed with a draft."""
         self._tally = Tally(parts.arms)
 
     @property
@@ -101,7 +110,11 @@ class Speculator:
         self._num_steps += 1
         self._decisions.clear()
         self._draft_s.clear()
-        drafting = [s for s in sequences if s.request.spec.speculation != "OFF"]
+        drafting = [
+            s
+            for s in sequences
+            if s.request.spec.speculation != "OFF" and s.id not in self._undrafted
+        ]
         if not drafting:
             return {}
         rows = [self._view(s) for s in drafting]
@@ -123,7 +136,10 @@ class Speculator:
         taken_by = {sequence.id: (sequence, taken) for sequence, taken in advanced}
         rounds: list[Round] = []
         outcomes: list[Outcome] = []
-        for row, brought in zip(plan.rows, result.rows, strict=True):
+        for i, (row, brought) in enumerate(zip(plan.rows, result.rows, strict=True)):
+            if i in result.failed_rows and row.tree.tokens:
+                # A token whose numbers are not finite spoils the row that it is drafted in.
+                self._undrafted.add(row.sequence_id)
             decision = self._decisions.get(row.sequence_id)
             if decision is None or row.sequence_id not in taken_by:
                 continue
@@ -136,8 +152,9 @@ class Speculator:
                 )
             )
             outcomes.append(Outcome(sequence.id, decision, row.tree, brought.path))
-        for drafter in self._parts.drafters.values():
-            drafter.observe(rounds)
+        for name, drafter in self._parts.drafters.items():
+            with self._quarantine(name):
+                drafter.observe(rounds)
         self._controller.observe(outcomes, self._draft_s)
         self._tally.add(outcomes, self._draft_s, self._clock_s() - started_s)
 
@@ -147,8 +164,10 @@ class Speculator:
             return
         self._decisions.pop(sequence_id, None)
         self._controller.forget(sequence_id)
-        for drafter in self._parts.drafters.values():
-            drafter.forget(sequence_id)
+        self._undrafted.discard(sequence_id)
+        for name, drafter in self._parts.drafters.items():
+            with self._quarantine(name):
+                drafter.forget(sequence_id)
 
     def _view(self, sequence: Sequence) -> RowView:
         spec = sequence.request.spec
@@ -201,8 +220,40 @@ class Speculator:
             started_s = self._clock_s()
             if self._parts.target is not None:
                 self._parts.target.lend({sequences[i].id: sequences[i].pages.ids for i in drafting})
-            proposed = self._parts.arms[arm].propose(contexts, budgets)
-            for i, tree in zip(drafting, proposed, strict=True):
-                trees[i] = tree
+            with self._quarantine(arm):
+                proposed = self._arms[arm].propose(contexts, budgets)
+                for tree, budget in zip(proposed, budgets, strict=True):
+                    self._check(tree, budget)
+                for i, tree in zip(drafting, proposed, strict=True):
+                    trees[i] = tree
             self._draft_s[arm] = (len(drafting), self._clock_s() - started_s)
         return trees
+
+    def _check(self, tree: DraftTree, budget: DraftBudget) -> None:
+        """Refuse a tree that the step could not compute.
+
+        Raises:
+            ValueError: it has too many nodes, a token or a parent that there is not.
+        """
+        if len(tree) > budget.nodes or max(tree.depths, default=0) > budget.depth:
+            raise ValueError(f"{len(tree)} nodes, {budget.nodes} asked for at most")
+        if not all(0 <= token < self._parts.vocab_size for token in tree.tokens):
+            raise ValueError(f"tokens {tree.tokens}: the vocabulary has {self._parts.vocab_size}")
+        if not all(ROOT <= parent < node for node, parent in enumerate(tree.parents)):
+            raise ValueError(f"parents {tree.parents}: none comes before its node")
+        fields = (tree.parents, tree.values, tree.confidences, tree.sources)
+        if any(len(field) != len(tree) for field in fields):
+            raise ValueError("a node lacks a parent, value, confidence or source")
+
+    @contextmanager
+    def _quarantine(self, name: str) -> Iterator[None]:
+        """Keep errors of a drafter from the requests: it and its unions do not draft any more."""
+        try:
+            yield
+        except Exception:
+            parts = name.split("+")
+            out = [arm for arm in self._arms if set(parts) <= set(arm.split("+"))]
+            logger.exception("drafter-failed", extra={"fields": {"drafter": name, "arms": out}})
+            for arm in out:
+                del self._arms[arm]
+            self._controller.retire(out)
