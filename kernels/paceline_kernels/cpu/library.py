@@ -178,6 +178,12 @@ def build_id() -> str:
     return hashlib.blake2b(_PATH.read_bytes(), digest_size=8).hexdigest()
 
 
+def threads() -> int:
+    """Return how many threads what is made from now on uses."""
+    loaded = library()
+    return 1 if loaded is None else int(loaded.pl_threads())
+
+
 def set_threads(threads: int) -> None:
     """Use so many threads for what is made from now on."""
     loaded = library()

@@ -1,7 +1,8 @@
 """The C++ operations one by one, by the names and shapes of `paceline_kernels.reference`.
 
 The engine runs whole passes (decoder.py) and single products beside them (`PackedLinear`); the
-rest is what passes are made of, for tests and for trying an idea. Results are float32 whatever goes in.
+rest is what passes are made of, for tests and for trying an idea. Results are float32 whatever
+goes in.
 """
 
 from __future__ import annotations

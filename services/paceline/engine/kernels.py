@@ -17,7 +17,7 @@ from paceline_kernels import (
     write_kv,
 )
 from paceline_kernels.cpu.decoder import DecoderShape, FusedDecoder, LayerTensors
-from paceline_kernels.cpu.library import backend, build_id, library, set_threads
+from paceline_kernels.cpu.library import backend, build_id, library, set_threads, threads
 from paceline_kernels.cpu.ops import PackedLinear
 from paceline_kernels.cpu.sampling import DrawRow, draw
 
@@ -50,6 +50,7 @@ __all__ = [
     "rotary",
     "set_threads",
     "silu_mul",
+    "threads",
     "truncate_logits",
     "write_kv",
 ]

@@ -1,6 +1,7 @@
 // The C interface that Python calls by ctypes. Pointers are raw; their sizes are checked there.
 #include <algorithm>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -14,11 +15,14 @@ namespace {
 const Table* chosen = nullptr;
 // Decoders keep the team they were made with.
 std::shared_ptr<Team> team;
+// Those of other sizes that are still in use, so that none is made twice: two would spin beside
+// each other.
+std::map<int, std::weak_ptr<Team>> teams;
 
 const Table& table() { return chosen ? *chosen : *(chosen = find_table(nullptr)); }
 
 std::shared_ptr<Team> current_team() {
-  if (!team) team = std::make_shared<Team>(1);
+  if (!team) teams[1] = team = std::make_shared<Team>(1);
   return team;
 }
 
@@ -51,7 +55,12 @@ int pl_use_isa(const char* name) {
 int pl_threads() { return current_team()->size(); }
 
 void pl_set_threads(int threads) {
-  if (threads != current_team()->size()) team = std::make_shared<Team>(threads);
+  if (threads == current_team()->size()) return;
+  if (auto known = teams[threads].lock()) {
+    team = known;
+  } else {
+    teams[threads] = team = std::make_shared<Team>(threads);
+  }
 }
 
 // ---- operations ------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paceline.domain.request import SamplingParams
-from paceline.engine.kernels import has_cpp_kernels
+from paceline.engine import kernels
 from paceline.engine.models.config import UnsupportedModelError
 from paceline.engine.sampling.noise import draft_lane
 from paceline.engine.sampling.sampler import sample
@@ -201,7 +201,7 @@ def page_bytes(directory: Path) -> int:
     return int(raw["num_hidden_layers"] * 2 * raw["num_key_value_heads"] * 16 * size * 4)
 
 
-@pytest.mark.skipif(not has_cpp_kernels(), reason="torch's numbers move with the batch")
+@pytest.mark.skipif(not kernels.has_cpp_kernels(), reason="torch's numbers move with the batch")
 def test_what_is_evicted_is_computed_again_to_the_same_drafts(
     checkpoints: dict[str, Path],
 ) -> None:
@@ -232,7 +232,7 @@ def test_what_is_evicted_is_computed_again_to_the_same_drafts(
     assert drafts.pages.num_free == 85
 
 
-@pytest.mark.skipif(not has_cpp_kernels(), reason="torch's numbers move with the batch")
+@pytest.mark.skipif(not kernels.has_cpp_kernels(), reason="torch's numbers move with the batch")
 @settings(max_examples=8, deadline=None)
 @given(data=st.data())
 def test_drafts_do_not_depend_on_the_company_or_on_what_was_drafted_before(
@@ -279,6 +279,15 @@ def test_swapped_weights_draft_as_if_there_had_been_no_others(
         tree = drafts.propose([seen], [budget(6, 6)])[0]
         assert list(tree.tokens) == generated(checkpoints[name], seen.token_ids, 6)
         assert tree != first
+
+
+@pytest.mark.skipif(not kernels.has_cpp_kernels(), reason="torch has threads of its own")
+def test_loading_a_draft_leaves_the_targets_threads_alone(checkpoints: dict[str, Path]) -> None:
+    before = kernels.threads()
+    kernels.set_threads(2)
+    load_draft_model(checkpoints["llama"], checkpoints["llama"])
+    assert kernels.threads() == 2
+    kernels.set_threads(before)
 
 
 def test_sequences_beyond_the_drafts_context_get_no_tree(checkpoints: dict[str, Path]) -> None:

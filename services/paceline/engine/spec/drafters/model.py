@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from paceline.engine import kernels
 from paceline.engine.models.config import ModelConfig, UnsupportedModelError, load_model_config
 from paceline.engine.models.load import KV_DTYPES, Model, ModelOptions, load_model
 from paceline.engine.spec.drafter import DraftBudget, DraftContext, DrafterNeeds, Round
@@ -41,7 +42,7 @@ class DraftModelOptions:
     block_size: int = 16
     """Tokens per page."""
     threads: int = 1
-    """More only make a small model slower: a layer of it is shorter than a wake-up."""
+    """Two make a level of 1 M parameters slower: 100 us instead of 70."""
     catch_up_tokens: int = 512
     """Tokens computed at most before the first level of a call, so that no step waits long for
     a prompt that the draft model has not seen."""
@@ -79,13 +80,15 @@ def load_draft_model(
         raise ValueError(f"weight_format {options.weight_format!r}: one of {sorted(KV_DTYPES)}")
     config = load_model_config(directory)
     check_same_vocabulary(directory, config, target, load_model_config(target))
-    model = load_model(
-        directory,
-        config,
-        ModelOptions(
-            options.weight_format, options.block_size, config.max_context_tokens, options.threads
-        ),
+    model_options = ModelOptions(
+        options.weight_format, options.block_size, config.max_context_tokens, options.threads
     )
+    threads = kernels.threads()
+    try:
+        model = load_model(directory, config, model_options)
+    finally:
+        # The target's sampling goes on with as many as before.
+        kernels.set_threads(threads)
     return DraftModel(
         model=model,
         version=version or model_digest(directory)[:_VERSION_DIGITS],
