@@ -233,6 +233,26 @@ def test_what_is_evicted_is_computed_again_to_the_same_drafts(
 
 
 @pytest.mark.skipif(not kernels.has_cpp_kernels(), reason="torch's numbers move with the batch")
+def test_who_loses_pages_within_a_call_starts_from_nothing(checkpoints: dict[str, Path]) -> None:
+    directory = checkpoints["llama"]
+    drafts = drafter(directory, kv_memory_mb=1, catch_up_tokens=2048)
+    lengths, grown = (540, 380, 381), (545, 390, 392)
+    texts = [prompt(600, seed=i) for i in range(3)]
+    # 35, 25 and 25 of 85 pages.
+    first = [context(i, texts[i][:n]) for i, n in enumerate(lengths)]
+    assert all(len(tree) == 8 for tree in drafts.propose(first, [budget(8, 8)] * 3))
+    assert drafts.pages.num_free == 0
+    # The first one takes a page and so all of the second one's, which takes the third one's.
+    second = [context(i, texts[i][:n]) for i, n in enumerate(grown)]
+    assert [drafts.pending_tokens(c) for c in second] == [5, 10, 11]
+    trees = drafts.propose(second, [budget(8, 8)] * 3)
+    assert drafts.pages.num_evictions == 2
+    for i in (0, 1):
+        assert list(trees[i].tokens) == generated(directory, texts[i][: grown[i]], 8)
+    assert trees[2] == EMPTY_TREE
+
+
+@pytest.mark.skipif(not kernels.has_cpp_kernels(), reason="torch's numbers move with the batch")
 @settings(max_examples=8, deadline=None)
 @given(data=st.data())
 def test_drafts_do_not_depend_on_the_company_or_on_what_was_drafted_before(

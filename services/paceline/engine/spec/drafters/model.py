@@ -10,7 +10,7 @@ per page, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -213,21 +213,15 @@ class ModelDrafter:
         for i in sorted(range(len(contexts)), key=pending.__getitem__):
             if left == 0:
                 break
-            count = min(pending[i], left)
-            row = self._row(contexts[i], budgets[i], pending[i], count, admitted)
+            row = self._row(contexts[i], budgets[i], left, admitted)
             if row is not None:
                 rows[i] = row
                 admitted.add(contexts[i].sequence_id)
-                left -= count
+                left -= row.stop - row.start
         return rows
 
     def _row(
-        self,
-        context: DraftContext,
-        budget: DraftBudget,
-        pending: int,
-        count: int,
-        admitted: Collection[int],
+        self, context: DraftContext, budget: DraftBudget, most_tokens: int, admitted: set[int]
     ) -> LevelRow | None:
         length = len(context.token_ids)
         # The last nodes of a tree are not computed, so paths may end one behind the context.
@@ -238,9 +232,11 @@ class ModelDrafter:
         pages = self.pages.reserve(context.sequence_id, num_slots, admitted)
         if pages is None:
             return None
+        # Only now: those admitted before it may have taken its pages.
+        pending = self.pending_tokens(context)
         start = length - pending
-        size = self._draft.block_size
-        return LevelRow(context, budget, start, start + count, pages.ids, size)
+        stop = start + min(pending, most_tokens)
+        return LevelRow(context, budget, start, stop, pages.ids, self._draft.block_size)
 
     def _forward(self, batch: Pass) -> torch.Tensor:
         model = self._draft.model

@@ -19,7 +19,10 @@ SkipSet = Sequence[tuple[bool, bool]]
 _GOOD_MATCHNESS = 0.93
 """Where the search ends (SWIFT stops between 0.93 and 0.95)."""
 _MAX_VAIN_TRIALS = 300
-_RANDOM_EVERY = 5
+_RANDOM_RATIO = 0.2
+_DECISIVE_LEAD = 0.15
+"""Summed over the texts that a set is tried on: 5 of 32 tokens. One text alone says little, and
+a set that won by chance would be kept until another one does."""
 _MAX_EXCHANGED = 2
 
 
@@ -47,6 +50,8 @@ class SkipSearch:
         """Of the best set at its latest trial: share of tokens that it would have got right."""
         self.num_trials = 0
         self._num_vain = 0
+        self._challenger: SkipSet | None = None
+        self._lead = 0.0
 
     @property
     def is_done(self) -> bool:
@@ -55,17 +60,26 @@ class SkipSearch:
         return is_good or self._num_vain >= _MAX_VAIN_TRIALS or not self._can_vary()
 
     def try_one(self, score: Callable[[SkipSet], float]) -> None:
-        """Compare another set with the best one on the same text; the better one stays.
+        """Compare another set with the best one on the same text.
+
+        It is tried on further texts while it leads, and takes over when it leads by enough.
 
         Args:
             score: matchness of a set, in [0, 1]; called once for each of the two.
         """
-        other = self._random() if self.num_trials % _RANDOM_EVERY == 0 else self._mutated()
+        other = self._challenger or self._propose()
         self.matchness, theirs = score(self.best), score(other)
         self.num_trials += 1
         self._num_vain += 1
-        if theirs > self.matchness:
+        self._lead += theirs - self.matchness
+        self._challenger = other if 0.0 < self._lead < _DECISIVE_LEAD else None
+        if self._lead >= _DECISIVE_LEAD:
             self.best, self.matchness, self._num_vain = other, theirs, 0
+        if self._challenger is None:
+            self._lead = 0.0
+
+    def _propose(self) -> SkipSet:
+        return self._random() if self._rng.random() < _RANDOM_RATIO else self._mutated()
 
     def _can_vary(self) -> bool:
         return 0 < len(self._skipped()) < self._num_choices()
