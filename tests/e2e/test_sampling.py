@@ -17,7 +17,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from paceline.v1.inference_pb2 import FINISH_REASON_LENGTH, FINISH_REASON_STOP, SamplingParams
+from paceline.v1.inference_pb2 import (
+    FINISH_REASON_LENGTH,
+    FINISH_REASON_STOP,
+    SamplingParams,
+    SpeculationParams,
+)
 from tests.checkpoints import DEMO
 from tests.e2e.client import (
     Answer,
@@ -312,11 +317,19 @@ async def test_characters_of_several_tokens_arrive_whole(
     scribe_platform: Platform, scribe: Path
 ) -> None:
     prompt = encode(scribe, WRITTEN)
-    request = greedy(prompt, max_tokens=5 * len(prompt), ignore_eos=True)
-    (answer,) = await ask(scribe_platform, request)
-    assert_greedy(scribe, prompt, answer.ids[0])
-    assert answer.text[0] == decode(scribe, answer.ids[0]) == WRITTEN * 5
-    assert sum(map(bool, answer.pieces[0])) > 2 * len(WRITTEN), "text comes late"
+    for mode in ("OFF", "AUTO"):
+        request = greedy(
+            prompt,
+            max_tokens=5 * len(prompt),
+            ignore_eos=True,
+            speculation=SpeculationParams(mode=mode),
+        )
+        (answer,) = await ask(scribe_platform, request)
+        assert_greedy(scribe, prompt, answer.ids[0])
+        assert answer.text[0] == decode(scribe, answer.ids[0]) == WRITTEN * 5
+        # Drafts bring several tokens at a time.
+        if mode == "OFF":
+            assert sum(map(bool, answer.pieces[0])) > 2 * len(WRITTEN), "text comes late"
 
 
 async def test_a_character_cut_by_the_end_is_as_the_tokenizer_shows_it(

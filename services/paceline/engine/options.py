@@ -35,7 +35,8 @@ class EngineOptions:
     deepen: int = 0
     """Identity layers added behind the model's own, for measuring: outputs stay what they are."""
     drafters: tuple[str, ...] = ("trie", "recycling", "model")
-    """Drafters that may propose; "model" and "medusa" only take part with their weights."""
+    """Drafters that may propose, and unions of them ("a+b") beside the usual ones; "model" and
+    "medusa" only take part with their weights."""
     draft: str | None = None
     """Directory of a small model that drafts."""
     medusa: str | None = None

@@ -44,6 +44,7 @@ def bench_cost(options: BenchOptions) -> dict[str, object]:
         threads=options.threads,
         kv_memory_mb=_POOL_MB,
         batch_invariant=options.batch_invariant,
+        drafters=(),
     )
     started_s = time.perf_counter()
     engine, card = build_engine(engine_options)

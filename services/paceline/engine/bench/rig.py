@@ -67,6 +67,8 @@ def build_rig(
             threads=options.threads,
             batch_invariant=options.batch_invariant,
             mixed_step_ratio=mixed_step_ratio or defaults.mixed_step_ratio,
+            # What is measured is the engine; bench spec measures drafts.
+            drafters=(),
         )
     )
     warm_collector()

@@ -104,7 +104,7 @@ def _build(options: SpecOptions, prompts: list[_Prompt]) -> Rig:
     longest = max(len(prompt.token_ids) for prompt in prompts) + options.max_tokens
     defaults = EngineOptions(options.model)
     num_blocks = (options.concurrency + 1) * (-(-longest // defaults.block_size) + 4)
-    names = tuple(options.drafter.split("+"))
+    names: tuple[str, ...] = (*options.drafter.split("+"), options.drafter)
     if options.drafter in ("auto", "off"):
         names = defaults.drafters
     engine, card = build_engine(
@@ -125,6 +125,8 @@ def _build(options: SpecOptions, prompts: list[_Prompt]) -> Rig:
         )
     )
     warm_collector()
+    if options.drafter not in ("auto", "off", *card.drafters):
+        raise ValueError(f"drafter {options.drafter!r} needs weights: --draft or --medusa")
     too_long = [i for i, p in enumerate(prompts) if len(p.token_ids) >= card.max_context_tokens]
     if too_long:
         raise ValueError(f"prompt {too_long[0] + 1}: longer than the model's context")

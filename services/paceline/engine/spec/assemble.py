@@ -6,7 +6,7 @@ A drafter takes part if it was named and has what it needs: "model" and "medusa"
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,8 @@ def check_options(options: EngineOptions) -> None:
     Raises:
         ValueError: an option is out of range, or names what there is not.
     """
-    unknown = [name for name in options.drafters if name not in drafter_names()]
+    parts = [part for name in options.drafters for part in name.split("+")]
+    unknown = sorted(set(parts) - set(drafter_names()))
     if unknown:
         raise ValueError(f"drafters {unknown}: known are {', '.join(drafter_names())}")
     for name, value, known in (
@@ -62,15 +63,15 @@ def make_speculator(
     settings = _settings(options, target)
     drafters = {
         name: make_drafter(name, settings)
-        for name in options.drafters
-        if settings.get(name, {}) is not None
+        for name in dict.fromkeys(options.drafters)
+        if "+" not in name and settings.get(name, {}) is not None
     }
     # Loading a draft may have left the kernels with its threads.
     if kernels.has_cpp_kernels():
         kernels.set_threads(options.threads)
     if not drafters:
         return None
-    arms = _arms(drafters)
+    arms = _arms(drafters, [tuple(name.split("+")) for name in options.drafters if "+" in name])
     controller = Controller(
         tuple(arms),
         cost,
@@ -90,9 +91,9 @@ def make_speculator(
     return Speculator(parts)
 
 
-def _arms(drafters: Mapping[str, Drafter]) -> dict[str, Drafter]:
+def _arms(drafters: Mapping[str, Drafter], unions: Sequence[tuple[str, ...]]) -> dict[str, Drafter]:
     arms = dict(drafters)
-    for names in _UNIONS:
+    for names in (*_UNIONS, *unions):
         if all(name in drafters for name in names):
             union = UnionDrafter([drafters[name] for name in names], is_owner=False)
             arms[union.name] = union

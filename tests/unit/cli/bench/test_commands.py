@@ -64,6 +64,73 @@ def test_other_benches_print_nothing_but_their_report(
     assert (report["model"], report["dtype"], report["threads"]) == ("demo", "f32", 1)
 
 
+SPEC_KEYS = {
+    *("drafter", "concurrency", "temperature", "tokens", "target_steps", "emitted_per_step"),
+    *("acceptance", "tok_s", "tok_s_off", "speedup", "identical_to_off"),
+}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--drafter", "auto", "--concurrency", "2", "--deepen", "2"),
+        ("--drafter", "recycling+trie", "--temperature", "0.7"),
+        ("--drafter", "model", "--draft", str(DEMO), "--builder", "chain", "--depth", "2"),
+        ("--drafter", "off"),
+    ],
+)
+def test_the_spec_bench_compares_with_no_speculation(
+    tmp_path: Path, flags: tuple[str, ...]
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    lines = [
+        {"prompt": "one two one two one", "domain": "words"},
+        {"messages": [{"role": "user", "content": "What is 2 + 3?"}]},
+        {"turns": ["Write a poem.", "Longer."], "category": "writing"},
+    ]
+    prompts.write_text("\n".join(map(json.dumps, lines)))
+    sizes = ("--max-tokens", "10", "--rounds", "1", "--threads", "1", "--ignore-eos", "--json")
+    done = paceline(
+        "bench", "spec", "--prompts", str(prompts), "--model", str(DEMO), *sizes, *flags
+    )
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    report = json.loads(line)
+    assert report.keys() >= SPEC_KEYS
+    assert (report["drafter"], report["tokens"]) == (flags[1], 30)
+    assert report["identical_to_off"] is True
+    assert set(report["domains"]) == {"", "words", "writing"}
+    if flags[1] == "model":
+        # The target drafts for itself.
+        assert report["acceptance"] == 1.0 and report["target_steps"] <= 15
+    if flags[1] == "off":
+        assert report["target_steps"] == 30
+
+
+@pytest.mark.parametrize(
+    ("line", "flags", "named"),
+    [
+        ("nonsense", (), ":1"),
+        ('{"text": "x"}', (), '"messages"'),
+        ('{"messages": 3}', (), ":1"),
+        ("", (), "no prompts"),
+        ('{"prompt": "x"}', ("--drafter", "no-such"), "no-such"),
+        ('{"prompt": "x"}', ("--drafter", "medusa"), "--medusa"),
+        ('{"prompt": "x"}', ("--draft", "/nowhere"), "/nowhere"),
+        ('{"prompt": "x"}', ("--builder", "bush"), "bush"),
+    ],
+)
+def test_the_spec_bench_names_what_is_wrong(
+    tmp_path: Path, line: str, flags: tuple[str, ...], named: str
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(line)
+    done = paceline("bench", "spec", "--prompts", str(prompts), "--model", str(DEMO), *flags)
+    assert done.returncode == 1
+    assert done.stderr.startswith("paceline bench spec: ") and named in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("flags", "named"),
     [(("--model", "/nowhere"), "/nowhere"), (("--dtype", "f7"), "f7")],
