@@ -101,6 +101,8 @@ class Report:
             "prefix_hit_tokens": sum(a.usage.cached_prompt_tokens for a in self.answers),
             "ttft_p50_s": round(median(ttfts), 4) if ttfts else None,
             "tok_s": round(self.tok_s, 1),
+            "accepted_tokens": sum(a.usage.accepted_tokens for a in self.answers),
+            "tokens_per_pass": self._tokens_per_pass(),
             "split_requests": sum(answer.is_split for answer in self.answers),
             "replaced_in_s": _rounded(self.replacement.replaced_in_s),
             "elapsed_s": round(self.elapsed_s, 1),
@@ -117,6 +119,11 @@ class Report:
         table.add_row("time to first token", f"{data['ttft_p50_s']} s (median)")
         table.add_row("throughput", f"{data['tok_s']} tokens/s, all concurrent prompts together")
         table.add_row(
+            "speculation",
+            f"{data['accepted_tokens']} drafted tokens accepted, "
+            f"{data['tokens_per_pass']} tokens per pass of the model",
+        )
+        table.add_row(
             "KV prefill -> store -> decode",
             f"{self.moved.num_blocks} blocks, {self.moved.num_bytes / 2**20:.1f} MiB; "
             f"{data['split_requests']} requests split over two workers",
@@ -124,6 +131,11 @@ class Report:
         table.add_row("shared prefix", self._prefix_text())
         table.add_row("killed worker", self._replacement_text())
         return table
+
+    def _tokens_per_pass(self) -> float | None:
+        steps = sum(a.usage.target_steps for a in self.answers)
+        tokens = sum(a.usage.completion_tokens for a in self.answers)
+        return round(tokens / steps, 2) if steps else None
 
     def _prefix_text(self) -> str:
         hit = self.prefix_hit
