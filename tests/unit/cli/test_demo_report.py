@@ -19,6 +19,8 @@ def answer(prefill: str, decode: str, cached: int = 0, prompt: int = 100) -> Ans
         prompt_tokens=prompt,
         cached_prompt_tokens=cached,
         completion_tokens=10,
+        accepted_tokens=6,
+        target_steps=4,
         prefill_worker=prefill,
         decode_worker=decode,
     )
@@ -52,6 +54,8 @@ def test_a_good_run_has_no_failures_and_all_figures() -> None:
         "prefix_hit_tokens": 144,
         "ttft_p50_s": 0.5,
         "tok_s": 100.0,
+        "accepted_tokens": 24,
+        "tokens_per_pass": 2.5,
         "split_requests": 3,
         "replaced_in_s": 4.0,
         "elapsed_s": 20.0,
