@@ -150,6 +150,8 @@ class Controller:
         self._domains: OrderedDict[str, _Domain] = OrderedDict()
         self._sequences: dict[int, _Sequence] = {}
         self._draft_times = {arm: DraftTimes() for arm in arms}
+        self._levels: dict[str, int] = {}
+        """Of the running step's trees before they were cut, by arm."""
         self._allowance_s = 0.0
         self.decisions: dict[tuple[str, str], int] = {}
         """How often was decided, by arm and reason."""
@@ -186,8 +188,11 @@ class Controller:
 
         Also notes what drafts are like before they are cut.
         """
+        self._levels.clear()
         for tree, row, decision in zip(trees, rows, decisions, strict=True):
             if decision.arm != OFF:
+                levels = max(tree.depths, default=1)
+                self._levels[decision.arm] = max(levels, self._levels.get(decision.arm, 1))
                 for profile in self._profiles(row.sequence_id, decision.arm):
                     profile.note(tree.values)
         return prune(trees, self._times.of(step), spent_s)
@@ -197,7 +202,7 @@ class Controller:
     ) -> None:
         """Learn from a step; `draft_s` has (sequences, seconds) by arm."""
         for arm, (count, seconds) in draft_s.items():
-            self._draft_times[arm].note(count, seconds)
+            self._draft_times[arm].note(count, self._levels.get(arm, 1), seconds)
         for outcome in outcomes:
             arm, tree = outcome.decision.arm, outcome.tree
             if arm == OFF or not tree.tokens:
@@ -276,8 +281,10 @@ class Controller:
         rows = times.rows
         off_rate = rows / times.at(0)
         # What one more node must bring to be worth the time that it takes all rows.
-        slope_s = times.slope(max(1, rows * min(size, _USUAL_SIZE)))
-        threshold = min(0.5, _LENIENCE * max(rate, off_rate) * slope_s)
+        slope_s = _LENIENCE * times.slope(max(1, rows * min(size, _USUAL_SIZE)))
+        # And what it must bring for the level that it lies on, often alone.
+        slope_s += self._draft_times[arm].level_s(rows) / rows
+        threshold = min(0.5, max(rate, off_rate) * slope_s)
         # With room for a draft that is better than the mean one.
         nodes = min(self._max_nodes, 2 * size + 2)
         return _Choice(arm, nodes, threshold, rate, off_rate, rows)

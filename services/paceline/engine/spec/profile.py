@@ -63,17 +63,23 @@ class Profile:
 class DraftTimes:
     """Seconds that an arm takes to draft for so many sequences together."""
 
-    __slots__ = ("_seconds",)
+    __slots__ = ("_levels", "_seconds")
 
     def __init__(self) -> None:
         self._seconds: dict[int, float] = {}
+        self._levels = 1.0
 
-    def note(self, num_sequences: int, seconds: float) -> None:
-        """Count a call."""
+    def note(self, num_sequences: int, levels: int, seconds: float) -> None:
+        """Count a call that brought trees of so many levels at most."""
+        self._levels += 0.05 * (levels - self._levels)
         size = num_sequences.bit_length()
         before = self._seconds.get(size)
         # A mean that forgets: now and then a call has a whole prompt to catch up with.
         self._seconds[size] = seconds if before is None else before + 0.05 * (seconds - before)
+
+    def level_s(self, num_sequences: int) -> float:
+        """Return the expected seconds of one level, were all of a call's time spent on levels."""
+        return self.of(num_sequences) / self._levels
 
     def of(self, num_sequences: int) -> float:
         """Return the expected seconds; 0 where nothing was measured yet."""
