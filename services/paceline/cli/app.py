@@ -9,6 +9,7 @@ import typer
 from paceline import __version__
 from paceline.cli.bench import bench
 from paceline.cli.demo import demo
+from paceline.cli.draft import draft
 from paceline.cli.generate import generate
 from paceline.cli.status import status
 from paceline.cli.up import up
@@ -48,3 +49,4 @@ app.command()(generate)
 app.command()(status)
 app.command()(demo)
 app.add_typer(bench)
+app.add_typer(draft)

@@ -1,0 +1,170 @@
+"""The draft as a plain torch module: a small Llama decoder that can be trained.
+
+Its parameters have the names and shapes of a Hugging Face checkpoint (LlamaForCausalLM with tied
+embeddings), so saving is writing them down; checkpoint.py does it. The engine serves what comes
+out with its own decoder. train.py steps it, create.py makes it.
+
+Shape legend: B rows, T tokens of a row, E hidden size, H query heads, K key/value heads,
+D head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+_INIT_STD = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class DraftShape:
+    """Sizes of a draft model."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_context_tokens: int
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-6
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of weights, those of the tied embedding counted once."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        heads = 2 * self.num_heads + 2 * self.num_kv_heads
+        layer = hidden * (heads * self.head_dim + 3 * inner + 2)
+        return hidden * (self.vocab_size + 1) + self.num_layers * layer
+
+
+class DraftModel(nn.Module):
+    """A Llama decoder with tied embeddings (Touvron et al. 2023)."""
+
+    def __init__(self, shape: DraftShape) -> None:
+        """Start from small random weights, by torch's global generator."""
+        super().__init__()
+        self.shape = shape
+        self.model = _Body(shape)
+        scale = _INIT_STD / math.sqrt(2 * shape.num_layers)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() > 1:
+                # What writes into the residual stream starts smaller (Radford et al. 2019, 2.3).
+                is_output = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(parameter, std=scale if is_output else _INIT_STD)
+
+    def forward(
+        self, tokens_BT: torch.Tensor, positions_BT: torch.Tensor, visible_BTT: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the final hidden states, normalised, [B, T, E].
+
+        Args:
+            tokens_BT: token ids.
+            positions_BT: of each token in its own text.
+            visible_BTT: bool, [b, i, j] whether token i sees token j; each sees itself.
+        """
+        hidden: torch.Tensor = self.model(tokens_BT, positions_BT, visible_BTT)
+        return hidden
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the logits of hidden states, [..., E] to [..., V]."""
+        return F.linear(hidden, self.model.embed_tokens.weight)
+
+
+class _Body(nn.Module):
+    frequencies: torch.Tensor
+
+    def __init__(self, shape: DraftShape) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
+        self.layers = nn.ModuleList(_Layer(shape) for _ in range(shape.num_layers))
+        self.norm = nn.RMSNorm(shape.hidden_size, shape.rms_norm_eps)
+        exponents = torch.arange(0, shape.head_dim, 2).float() / shape.head_dim
+        self.register_buffer("frequencies", shape.rope_theta**-exponents, persistent=False)
+
+    def forward(
+        self, tokens_BT: torch.Tensor, positions_BT: torch.Tensor, visible_BTT: torch.Tensor
+    ) -> torch.Tensor:
+        angles = positions_BT[:, None, :, None] * self.frequencies
+        angles = torch.cat((angles, angles), dim=-1)
+        cos_sin = angles.cos(), angles.sin()
+        x_BTE = self.embed_tokens(tokens_BT)
+        for layer in self.layers:
+            x_BTE = layer(x_BTE, cos_sin, visible_BTT[:, None])
+        out_BTE: torch.Tensor = self.norm(x_BTE)
+        return out_BTE
+
+
+class _Layer(nn.Module):
+    def __init__(self, shape: DraftShape) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(shape.hidden_size, shape.rms_norm_eps)
+        self.self_attn = _Attention(shape)
+        self.post_attention_layernorm = nn.RMSNorm(shape.hidden_size, shape.rms_norm_eps)
+        self.mlp = _Mlp(shape)
+
+    def forward(
+        self,
+        x_BTE: torch.Tensor,
+        cos_sin: tuple[torch.Tensor, torch.Tensor],
+        visible_B1TT: torch.Tensor,
+    ) -> torch.Tensor:
+        x_BTE = x_BTE + self.self_attn(self.input_layernorm(x_BTE), cos_sin, visible_B1TT)
+        out_BTE: torch.Tensor = x_BTE + self.mlp(self.post_attention_layernorm(x_BTE))
+        return out_BTE
+
+
+class _Attention(nn.Module):
+    def __init__(self, shape: DraftShape) -> None:
+        super().__init__()
+        hidden, size = shape.hidden_size, shape.head_dim
+        self._head_dim = size
+        self.q_proj = nn.Linear(hidden, shape.num_heads * size, bias=False)
+        self.k_proj = nn.Linear(hidden, shape.num_kv_heads * size, bias=False)
+        self.v_proj = nn.Linear(hidden, shape.num_kv_heads * size, bias=False)
+        self.o_proj = nn.Linear(shape.num_heads * size, hidden, bias=False)
+
+    def forward(
+        self,
+        x_BTE: torch.Tensor,
+        cos_sin: tuple[torch.Tensor, torch.Tensor],
+        visible_B1TT: torch.Tensor,
+    ) -> torch.Tensor:
+        q_BHTD, k_BKTD, v_BKTD = (
+            projection(x_BTE).unflatten(-1, (-1, self._head_dim)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        out_BHTD = F.scaled_dot_product_attention(
+            _rotate(q_BHTD, *cos_sin),
+            _rotate(k_BKTD, *cos_sin),
+            v_BKTD,
+            attn_mask=visible_B1TT,
+            enable_gqa=True,
+        )
+        out_BTE: torch.Tensor = self.o_proj(out_BHTD.transpose(1, 2).flatten(2))
+        return out_BTE
+
+
+class _Mlp(nn.Module):
+    def __init__(self, shape: DraftShape) -> None:
+        super().__init__()
+        hidden, inner = shape.hidden_size, shape.intermediate_size
+        self.gate_proj = nn.Linear(hidden, inner, bias=False)
+        self.up_proj = nn.Linear(hidden, inner, bias=False)
+        self.down_proj = nn.Linear(inner, hidden, bias=False)
+
+    def forward(self, x_BTE: torch.Tensor) -> torch.Tensor:
+        out_BTE: torch.Tensor = self.down_proj(F.silu(self.gate_proj(x_BTE)) * self.up_proj(x_BTE))
+        return out_BTE
+
+
+def _rotate(x_BHTD: torch.Tensor, cos_B1TD: torch.Tensor, sin_B1TD: torch.Tensor) -> torch.Tensor:
+    """Rotate by position, halves paired (Su et al. 2021; GPT-NeoX layout)."""
+    first, second = x_BHTD.chunk(2, dim=-1)
+    return x_BHTD * cos_B1TD + torch.cat((-second, first), dim=-1) * sin_B1TD
