@@ -12,17 +12,20 @@ import functools
 import hashlib
 import logging
 import os
-from ctypes import POINTER, c_char_p, c_float, c_int, c_int64, c_size_t, c_void_p
+from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_int64, c_size_t, c_void_p
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
 KERNELS_VARIABLE = "PACELINE_KERNELS"
-_INTERFACE = 3
+_INTERFACE = 4
 _PATH = Path(__file__).parent / "libpaceline_cpu.so"
 
 F32, BF16, I8, F16 = range(4)
 """Element types, as in csrc/types.h."""
+
+MOST_CANDIDATES = 64
+"""kMostBest of csrc/draw.h."""
 
 
 class Source(ctypes.Structure):
@@ -96,9 +99,33 @@ class DrawCall(ctypes.Structure):
     _fields_ = [
         ("logits", c_void_p),
         *((name, c_int64) for name in ("rows", "vocab")),
-        *((name, c_void_p) for name in ("params", "seen")),
+        *((name, c_char_p) for name in ("params", "seen")),
         ("most_logprobs", c_int64),
         *((name, c_void_p) for name in ("tokens", "logprobs", "best_tokens", "best_logprobs")),
+    ]
+
+
+class CandidatesRow(ctypes.Structure):
+    """What is proposed behind one node, csrc/draw.h."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("count", "num_proposed")),
+        ("tokens", c_int64 * MOST_CANDIDATES),
+        *((name, c_double * MOST_CANDIDATES) for name in ("confidences", "draws")),
+        ("proposed_tokens", c_int64 * MOST_CANDIDATES),
+        ("proposed_probs", c_double * MOST_CANDIDATES),
+    ]
+
+
+class CandidatesCall(ctypes.Structure):
+    """Rows to find candidates of, csrc/draw.h."""
+
+    _fields_ = [
+        ("logits", c_void_p),
+        *((name, c_int64) for name in ("rows", "vocab")),
+        *((name, c_char_p) for name in ("params", "seen", "lanes")),
+        ("most", c_int64),
+        ("out", POINTER(CandidatesRow)),
     ]
 
 
@@ -120,6 +147,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
         ],
     ),
     "pl_draw": (None, [POINTER(DrawCall)]),
+    "pl_candidates": (None, [POINTER(CandidatesCall)]),
     "pl_decoder_new": (c_void_p, [POINTER(DecoderConfig)]),
     "pl_decoder_free": (None, [c_void_p]),
     "pl_decoder_layer": (

@@ -16,6 +16,7 @@ from paceline_kernels import (
     truncate_logits,
     write_kv,
 )
+from paceline_kernels.cpu.candidates import find_candidates
 from paceline_kernels.cpu.decoder import DecoderShape, FusedDecoder, LayerTensors
 from paceline_kernels.cpu.library import backend, build_id, library, set_threads, threads
 from paceline_kernels.cpu.ops import PackedLinear
@@ -38,6 +39,7 @@ __all__ = [
     "backend",
     "build_id",
     "draw",
+    "find_candidates",
     "gumbel_noise",
     "gumbel_noise_at",
     "has_cpp_kernels",

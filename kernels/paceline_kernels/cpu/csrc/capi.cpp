@@ -21,6 +21,9 @@ std::map<int, std::weak_ptr<Team>> teams;
 
 const Table& table() { return chosen ? *chosen : *(chosen = find_table(nullptr)); }
 
+// Fewer logits than these are looked through by the caller alone.
+constexpr int64_t kSharedLogits = 1 << 18;
+
 std::shared_ptr<Team> current_team() {
   if (!team) teams[1] = team = std::make_shared<Team>(1);
   return team;
@@ -41,7 +44,7 @@ std::vector<float> floats(const float* p, int n) {
 extern "C" {
 
 // Changes whenever a signature or a structure here does.
-int pl_interface() { return 3; }
+int pl_interface() { return 4; }
 
 const char* pl_isa() { return table().name; }
 
@@ -157,6 +160,19 @@ void pl_draw(const DrawCall* call) {
   const auto held = current_team();
   held->run([&](int) {
     for (int r; (r = held->next_task()) < call->rows;) ops.draw_row(*call, r);
+  });
+}
+
+void pl_candidates(const CandidatesCall* call) {
+  const Table& ops = table();
+  // Waking another thread takes as long as some 100,000 logits, and few drafts have more.
+  if (call->rows == 1 || call->rows * call->vocab < kSharedLogits) {
+    for (int64_t r = 0; r < call->rows; ++r) ops.candidates_row(*call, r);
+    return;
+  }
+  const auto held = current_team();
+  held->run([&](int) {
+    for (int r; (r = held->next_task()) < call->rows;) ops.candidates_row(*call, r);
   });
 }
 

@@ -1,4 +1,5 @@
-// One call draws the tokens of a step: what it is given and where it writes.
+// What calls that draw are given and where they write: one for the tokens of a step, one for the
+// candidates of a draft.
 //
 // Shape legend: R rows, V vocabulary, K wanted log-probabilities.
 #pragma once
@@ -7,7 +8,7 @@
 
 namespace paceline {
 
-// How a row is drawn. All fields have 8 bytes: paceline_kernels/cpu/sampling.py lists the same.
+// How a row is drawn. All fields have 8 bytes: paceline_kernels/cpu/sampling.py packs the same.
 struct DrawRow {
   double temperature;         // 0: the best token
   double top_p;               // 1: off
@@ -37,6 +38,32 @@ struct DrawCall {
   float* logprobs;            // [R], written where num_logprobs > 0
   int64_t* best_tokens;       // [R, K], as many as the row wants
   float* best_logprobs;       // [R, K]
+};
+
+// Tokens of a row that a draft chooses from: what comes after them is next to never accepted.
+constexpr int kMostBest = 64;
+
+// What is proposed behind one node. Fields as in paceline_kernels/cpu/library.py.
+struct CandidatesRow {
+  int64_t count;                  // 0: the row has no distribution
+  int64_t num_proposed;           // 0: guesses of what the target draws
+  int64_t tokens[kMostBest];      // in order of trial
+  double confidences[kMostBest];
+  // Of rows that draw: perturbed log-probabilities of the tokens, and what they were drawn from.
+  double draws[kMostBest];
+  int64_t proposed_tokens[kMostBest];
+  double proposed_probs[kMostBest];
+};
+
+struct CandidatesCall {
+  const float* logits;        // [R, V]
+  int64_t rows;
+  int64_t vocab;
+  const DrawRow* params;      // [R]
+  const int64_t* seen;        // as in DrawCall
+  const int64_t* lanes;       // [R] noise of a row's own draws; negative: it guesses the target's
+  int64_t most;               // candidates of a row, 1 to kMostBest
+  CandidatesRow* out;         // [R]
 };
 
 }  // namespace paceline

@@ -1,8 +1,8 @@
 // Compiled once per instruction set, with PACELINE_ISA set to its name.
 #include "attention.h"
+#include "candidates.h"
 #include "product.h"
 #include "rows.h"
-#include "sampling.h"
 #include "table.h"
 
 namespace paceline {
@@ -128,6 +128,7 @@ const Table table = {
       join_splits(s, pages, batch, item, partials, out, out_stride, in(scratch).attention);
     },
     .draw_row = draw_row,
+    .candidates_row = candidates_row,
 };
 
 }  // namespace PACELINE_ISA

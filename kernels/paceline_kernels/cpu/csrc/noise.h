@@ -1,6 +1,6 @@
 // Gumbel noise from Philox4x32-10 (Salmon et al. 2011), and the race of noisy logits.
 //
-// A token's noise depends on seed, stream, position and token alone, as in
+// A token's noise depends on seed, stream, position, lane and token alone, as in
 // paceline_kernels/sampling.py. Logits here are shifted so that the best token's is 0. Included by
 // kernels.cpp.
 #pragma once
@@ -17,6 +17,7 @@ struct NoiseKey {
   uint64_t seed;
   uint32_t stream;
   uint32_t position;
+  uint32_t lane = 0;  // 0: the target's draws
 };
 
 // Products of lanes' lower halves.
@@ -41,7 +42,7 @@ struct Words {
 inline Words philox(const NoiseKey& key, u64xn groups) {
   const u64xn m0 = u64xn{} + 0xD2511F53u, m1 = u64xn{} + 0xCD9E8D57u;
   uint32_t k0 = uint32_t(key.seed), k1 = uint32_t(key.seed >> 32);
-  Words w{groups, u64xn{} + key.position, u64xn{} + key.stream, u64xn{}};
+  Words w{groups, u64xn{} + key.position, u64xn{} + key.stream, u64xn{} + key.lane};
   for (int round = 0; round < 10; ++round) {
     const u64xn product0 = product_of_low(w.c0, m0), product1 = product_of_low(w.c2, m1);
     w = {(product1 >> 32) ^ w.c1 ^ uint64_t(k0), product1, (product0 >> 32) ^ w.c3 ^ uint64_t(k1),

@@ -47,6 +47,7 @@ struct Table {
   void (*join_splits)(const AttentionShape&, const Pages&, const Batch&, const AttentionItem&,
                       float* partials, float* out, ptrdiff_t out_stride, ThreadScratch&);
   void (*draw_row)(const DrawCall&, int64_t row);
+  void (*candidates_row)(const CandidatesCall&, int64_t row);
 };
 
 // The best table this machine runs, or the named one ("portable", "avx2", "avx512", "amx");

@@ -20,7 +20,7 @@ def sample(logits_RV: torch.Tensor, specs: list[SampleSpec]) -> list[SampledToke
     """
     if not has_cpp_kernels():
         return reference.sample(logits_RV, specs)
-    drawn = draw(logits_RV, [_row(spec) for spec in specs])
+    drawn = draw(logits_RV, [draw_row(spec) for spec in specs])
     sampled: list[SampledToken | None] = []
     for r, (token, spec) in enumerate(zip(drawn.tokens_R, specs, strict=True)):
         if token < 0:
@@ -34,12 +34,22 @@ def sample(logits_RV: torch.Tensor, specs: list[SampleSpec]) -> list[SampledToke
     return sampled
 
 
-def _row(spec: SampleSpec) -> DrawRow:
+def draw_row(spec: SampleSpec) -> DrawRow:
+    """Return what the C++ kernels need to know of a row."""
     params = spec.sampling
-    seen = (spec.prompt_token_ids or (), spec.output_token_ids or ())
+    has_penalties = params.has_penalties
     return DrawRow(
-        *(params.temperature, params.top_p, params.min_p),
-        *(params.repetition_penalty, params.presence_penalty, params.frequency_penalty),
-        *(params.seed, spec.stream, spec.position, params.top_k, max(spec.num_logprobs, 0)),
-        *(seen if params.has_penalties else ((), ())),
+        params.temperature,
+        params.top_p,
+        params.min_p,
+        params.repetition_penalty,
+        params.presence_penalty,
+        params.frequency_penalty,
+        params.seed,
+        spec.stream,
+        spec.position,
+        params.top_k,
+        max(spec.num_logprobs, 0),
+        (has_penalties and spec.prompt_token_ids) or (),
+        (has_penalties and spec.output_token_ids) or (),
     )
