@@ -157,7 +157,8 @@ def test_penalties_count_alike(
     likely = logits_MV[0].topk(min(vocab, 40)).indices.tolist()
     rng = random.Random(random_state)
     prompt, output = (tuple(rng.choices(likely, k=n)) for n in (num_prompt, num_output))
-    punished = SampleSpec(replace(params, **penalties), 1, 2, 0, prompt, output)
+    punishing = replace(params, **penalties)  # type: ignore[arg-type]
+    punished = SampleSpec(punishing, 1, 2, 0, prompt, output)
     specs = [punished, SampleSpec(params, 0, 0, 0), replace(punished, prompt_token_ids=())]
     assert_found_alike(logits_MV, specs, [lane, None, lane], 8)
 

@@ -14,20 +14,25 @@ A new shape is a class here and a line in BUILDERS.
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from types import MappingProxyType
+from typing import NamedTuple
 
 from paceline.engine.spec.drafter import DraftBudget
 from paceline.engine.spec.growth import Candidates, TreeBuilder
 from paceline.engine.spec.tree import ROOT, DraftTree, Proposal
 
 
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """A place for a node, with the candidate that would take it."""
+class Slot(NamedTuple):
+    """A place for a node, with the candidate that would take it.
+
+    Hundreds are made in a round: a dataclass that is frozen takes twice as long.
+    """
 
     token: int
     parent: int
@@ -64,8 +69,9 @@ class Growth:
     def expand(self, candidates: Sequence[Candidates]) -> None:
         """Take the candidates behind each node of the frontier, in its order."""
         slots: list[list[Slot]] = []
+        least, most = self._least_value(), self._most_children()
         for node, offered in zip(self._frontier, candidates, strict=True):
-            slots.append(self._slots(node, offered))
+            slots.append(self._slots(node, offered, least, most))
             if offered.proposal is not None:
                 self._proposals[node] = offered.proposal
         first = len(self.nodes)
@@ -94,24 +100,39 @@ class Growth:
             },
         )
 
-    def _slots(self, node: int, offered: Candidates) -> list[Slot]:
-        """Return the places under a node.
+    def _slots(self, node: int, offered: Candidates, least: float, most: int) -> list[Slot]:
+        """Return the first `most` places under a node, those that are worth at least so much.
 
         What is left of its value after the draws before is the value of the next draw: in
         DySpec's words v (1 - R[y]), with R what the draws before left of the proposal.
         """
         behind = 1.0 if node == ROOT else self.nodes[node].value_behind
-        draws = offered.draws or (-math.inf,) * len(offered.tokens)
         slots: list[Slot] = []
+        if behind < least:
+            return slots
+        rate, is_drawn = self.budget.calibration.rate, offered.proposal is not None
+        draws = offered.draws or (-math.inf,) * len(offered.tokens)
         left = behind
-        for token, confidence, draw in zip(offered.tokens, offered.confidences, draws, strict=True):
-            right = min(behind * self.budget.calibration.rate(confidence), left)
-            if offered.proposal is None:
-                slots.append(Slot(token, node, confidence, right, right, draw))
-            else:
+        places = zip(offered.tokens, offered.confidences, draws, strict=True)
+        for token, confidence, draw in islice(places, most):
+            right = behind * rate(confidence)
+            if is_drawn:
+                if left < least:
+                    break
+                right = min(right, left)
                 slots.append(Slot(token, node, confidence, left, right, draw))
                 left -= right
+            elif right >= least:
+                slots.append(Slot(token, node, confidence, right, right, draw))
         return slots
+
+    def _least_value(self) -> float:
+        """Return what a place must be worth to be filled."""
+        return -math.inf
+
+    def _most_children(self) -> int:
+        """Return how many places under a node may be filled, the first ones."""
+        return self.budget.nodes
 
     def _choose(self, slots: list[list[Slot]]) -> list[Slot]:
         """Return the places to fill, given those under each node of the frontier."""
@@ -130,7 +151,13 @@ class ChainGrowth(Growth):
     """One path."""
 
     def _choose(self, slots: list[list[Slot]]) -> list[Slot]:
-        return [slot for slot in slots[0][:1] if slot.value >= self.budget.threshold]
+        return slots[0]
+
+    def _least_value(self) -> float:
+        return self.budget.threshold
+
+    def _most_children(self) -> int:
+        return 1
 
     def _promising(self, nodes: Sequence[int]) -> Sequence[int]:
         threshold = self.budget.threshold
@@ -145,10 +172,12 @@ class BranchingGrowth(Growth):
         self._branching = branching
 
     def _choose(self, slots: list[list[Slot]]) -> list[Slot]:
-        count = self._branching[min(self.level, len(self._branching) - 1)]
-        wanted = [slot for siblings in slots for slot in siblings[:count]]
+        wanted = [slot for siblings in slots for slot in siblings]
         values = [slot.value for slot in wanted]
         return [wanted[i] for i in _largest(values, self.budget.nodes - len(self.nodes))]
+
+    def _most_children(self) -> int:
+        return self._branching[min(self.level, len(self._branching) - 1)]
 
 
 class DynamicGrowth(Growth):
@@ -159,19 +188,22 @@ class DynamicGrowth(Growth):
     """
 
     def _choose(self, slots: list[list[Slot]]) -> list[Slot]:
-        threshold = self.budget.threshold
-        wanted = [s for siblings in slots for s in siblings if s.value >= threshold]
+        wanted = [slot for siblings in slots for slot in siblings]
         values = [slot.value for slot in (*self.nodes, *wanted)]
         first = len(self.nodes)
         return [wanted[i - first] for i in _largest(values, self.budget.nodes) if i >= first]
 
     def _promising(self, nodes: Sequence[int]) -> Sequence[int]:
-        kept = self._kept()
-        least = self.budget.threshold
-        if len(kept) == self.budget.nodes:
-            # Only what is worth more finds a place: of equals the first ones are kept.
-            least = math.nextafter(max(least, min(self.nodes[n].value for n in kept)), math.inf)
+        kept, least = set(self._kept()), self._least_value()
         return [n for n in nodes if n in kept and self.nodes[n].value_behind >= least]
+
+    def _least_value(self) -> float:
+        threshold, count = self.budget.threshold, self.budget.nodes
+        if len(self.nodes) < count:
+            return threshold
+        # Only what is worth more finds a place: of equals the first ones are kept.
+        border = heapq.nlargest(count, [slot.value for slot in self.nodes])[-1]
+        return math.nextafter(max(threshold, border), math.inf)
 
     def _kept(self) -> Sequence[int]:
         return _largest([slot.value for slot in self.nodes], self.budget.nodes)
@@ -222,7 +254,8 @@ def _conditioned(gumbel: float, largest: float, bound: float) -> float:
 
 def _largest(values: Sequence[float], count: int) -> list[int]:
     """Return the places of the `count` largest values, the first ones of equals, in order."""
-    return sorted(sorted(range(len(values)), key=lambda i: -values[i])[:count])
+    falling = sorted(range(len(values)), key=values.__getitem__, reverse=True)
+    return sorted(falling[:count])
 
 
 @dataclass(frozen=True, slots=True)

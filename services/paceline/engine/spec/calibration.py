@@ -8,8 +8,11 @@ acceptance by draft probability, with the probability measured instead of assume
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 
-_NUM_BINS = 12
+_BORDERS = tuple(1.0 / (1.0 + math.exp(-log_odds)) for log_odds in range(-5, 6))
+"""Of the bins: even steps in log-odds, so that what is nearly sure is told apart too."""
+_NUM_BINS = len(_BORDERS) + 1
 _PRIOR_WEIGHT = 4.0
 """Nodes for which the prior stands in."""
 _DECAY = 0.998
@@ -47,7 +50,4 @@ class Calibration:
 
 
 def _bin(confidence: float) -> int:
-    """Return the bin: even steps in log-odds, so that what is nearly sure is told apart too."""
-    p = min(max(confidence, 1e-3), 1.0 - 1e-3)
-    # log-odds in (-6.9, 6.9)
-    return min(_NUM_BINS - 1, max(0, int((math.log(p / (1.0 - p)) + 6.0) / 12.0 * _NUM_BINS)))
+    return bisect_right(_BORDERS, confidence)
