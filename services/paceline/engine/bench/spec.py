@@ -1,7 +1,7 @@
 """`paceline bench spec`: what speculation brings on given prompts, against the same engine without.
 
-Both ways run in turn over the same prompts, several rounds; each round is a tenant of its own, so
-that no drafter and no cache knows the prompts from the round before. Rates count the steps
+Both ways run in turn over the same prompts, several rounds; each run is a tenant of its own, so
+that no drafter and no cache knows the prompts from the run before. Rates count the steps
 in which no prompt was computed: tokens that they brought over the time that they took, drafting
 and verification included.
 """
@@ -80,7 +80,7 @@ def bench_spec(options: SpecOptions) -> dict[str, object]:
     for i in range(options.rounds):
         # Whoever goes first meets the colder machine: take turns.
         modes = (_OFF, mode) if i % 2 == 0 else (mode, _OFF)
-        runs = [_run(rig, options, prompts, m, f"round-{i}") for m in modes]
+        runs = [_run(rig, options, prompts, m, f"round-{i} {m}") for m in modes]
         rounds.append((runs[0], runs[1]) if i % 2 == 0 else (runs[1], runs[0]))
         if not options.is_quiet:
             off, on = rounds[-1]
@@ -172,7 +172,7 @@ def _requests(
                 temperature=options.temperature, top_p=options.top_p, seed=options.seed + i
             ),
             max_tokens=num_tokens,
-            cache_salt=f"{tenant}".encode(),
+            cache_salt=tenant.encode(),
             ignore_eos=options.ignore_eos,
             speculation=mode,
             is_seed_drawn=options.verifier == "rejection",
