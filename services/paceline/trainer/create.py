@@ -150,6 +150,8 @@ def _engine(options: CreateOptions) -> tuple[Engine, EngineCard]:
             num_kv_blocks=pages,
             max_num_seqs=options.concurrency,
             threads=options.threads,
+            # Drafts come when they come; a text must depend on the seed alone.
+            drafters=(),
         )
     )
 

@@ -102,7 +102,7 @@ def test_the_spec_bench_compares_with_no_speculation(
     assert set(report["domains"]) == {"", "words", "writing"}
     if flags[1] == "model":
         # The target drafts for itself.
-        assert report["acceptance"] == 1.0 and report["target_steps"] <= 15
+        assert report["acceptance"] == 1.0 and report["target_steps"] < 30
     if flags[1] == "off":
         assert report["target_steps"] == 30
 
