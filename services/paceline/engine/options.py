@@ -45,7 +45,7 @@ class EngineOptions:
     """Most draft tokens of a sequence in one step."""
     draft_depth: int = 8
     """Longest path of a draft."""
-    draft_builder: str = "dynamic"
+    draft_builder: str = "chain"
     """How a drafting model's trees grow: chain, static, dynamic, rsd-c or rsd-s."""
     verifier: str = "coupled"
     """"coupled": output is token for token that without speculation. "rejection": equal in

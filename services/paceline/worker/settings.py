@@ -60,7 +60,7 @@ class WorkerSettings(ServiceSettings):
     """Most tokens drafted for a sequence per step; the controller chooses how many."""
     draft_depth: int = Field(default=8, ge=1, le=64)
     """Most tokens that one step may bring from a draft."""
-    draft_builder: Literal["chain", "static", "dynamic", "rsd-c", "rsd-s"] = "dynamic"
+    draft_builder: Literal["chain", "static", "dynamic", "rsd-c", "rsd-s"] = "chain"
     """How trees of a drafting model grow."""
     verifier: Literal["coupled", "rejection"] = "coupled"
     """`coupled`: tokens are those that come without speculation. `rejection`: equal in

@@ -51,7 +51,7 @@ def spec(
     depth: Annotated[int, typer.Option(min=1, max=32, help="Longest draft path.")] = 8,
     builder: Annotated[
         str, typer.Option(help="Trees of a drafting model: chain, static, dynamic, rsd-c, rsd-s.")
-    ] = "dynamic",
+    ] = "chain",
     verifier: Annotated[str, typer.Option(help="coupled or rejection.")] = "coupled",
     rounds: Annotated[int, typer.Option(min=1, help="Times that both ways run.")] = 3,
     dtype: flags.Dtype = "f32",
