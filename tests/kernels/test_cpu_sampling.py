@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -22,32 +22,18 @@ from paceline.engine.sampling.sampler import sample
 from paceline.engine.step import SampledToken, SampleSpec
 from paceline_kernels import philox_uniform
 from paceline_kernels.cpu import library
+from tests.kernels.drawing_cases import PENALTIES, sampling_params
 
-pytestmark = pytest.mark.skipif(
-    library.library() is None, reason="the C++ kernels need a compiler at set-up"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        library.library() is None, reason="the C++ kernels need a compiler at set-up"
+    ),
+    pytest.mark.usefixtures("instruction_set"),
+]
 INF = float("inf")
 
 VOCABULARIES = st.one_of(st.integers(1, 130), st.integers(1, 60_000))
-PARAMS = st.builds(
-    SamplingParams,
-    temperature=st.sampled_from([0.0, 1e-42, 1e-3, 0.5, 1.0, 1.0, 1.7, 1e30]),
-    top_k=st.one_of(st.just(0), st.integers(1, 60), st.integers(1, 70_000)),
-    top_p=st.one_of(
-        st.just(1.0),
-        st.sampled_from([1e-20, 0.25, 0.5, 0.9, 0.999999, 1.0 - 2**-53]),
-        st.floats(0.01, 1.0),
-    ),
-    min_p=st.one_of(st.just(0.0), st.sampled_from([0.05, 1.0]), st.floats(0.0, 1.0, width=32)),
-    seed=st.integers(0, 2**64 - 1),
-)
-PENALTIES = st.fixed_dictionaries(
-    {
-        "repetition_penalty": st.sampled_from([1.0, 1.3, 0.3, 1e-45]),
-        "presence_penalty": st.sampled_from([0.0, 0.7, -2.0]),
-        "frequency_penalty": st.sampled_from([0.0, 0.37, -0.1]),
-    }
-)
+PARAMS = sampling_params(min_p=st.floats(0.0, 1.0, width=32))
 CHANGES: list[Callable[[torch.Tensor], torch.Tensor]] = [
     lambda logits_V: logits_V,
     lambda logits_V: (logits_V * 2).round() / 2,
@@ -57,18 +43,6 @@ CHANGES: list[Callable[[torch.Tensor], torch.Tensor]] = [
     lambda logits_V: logits_V.masked_fill(torch.rand(logits_V.shape) < 1 / len(logits_V), math.nan),
     lambda logits_V: torch.full_like(logits_V, -INF),
 ]
-
-
-@pytest.fixture(autouse=True, scope="module", params=["portable", "avx2", "avx512", "amx"])
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[None]:
-    loaded = library.library()
-    assert loaded is not None
-    before = loaded.pl_isa()
-    if loaded.pl_use_isa(request.param.encode()):
-        assert request.param != "portable"
-        pytest.skip("this machine cannot run it")
-    yield
-    loaded.pl_use_isa(before)
 
 
 def spec_of(params: SamplingParams, *, num_logprobs: int = 0, position: int = 0) -> SampleSpec:

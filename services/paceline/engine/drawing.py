@@ -47,7 +47,9 @@ def draw(rows: Sequence[Row], logits_MV: torch.Tensor, num_successors: int) -> l
             continue
         places = slice(begin, begin + 1 + len(row.tree))
         begin = places.stop
-        result = None if row.is_coupled else _rejected(row.tree, logits_MV[places], specs[places])
+        result = None
+        if row.tree.proposals:
+            result = _rejected(row.tree, logits_MV[places], specs[places])
         if result is None:
             result = _coupled(row.tree, drawn_M[places])
         if successors_M is not None and result.tokens:

@@ -1,4 +1,4 @@
-"""What the engine needs from outside: a runner, and KV memory that other processes share.
+"""What the engine needs from outside: a runner, drafts, and KV memory that others share.
 
 The worker injects an implementation (kvstore.arena.ArenaView fits by shape); the engine
 never learns where the bytes live or how slots are managed.
@@ -6,10 +6,15 @@ never learns where the bytes live or how slots are managed.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from paceline.engine.step import StepPlan, StepResult
+from paceline.domain.cost import StepShape
+from paceline.engine.request import Sequence
+from paceline.engine.spec.drafter import DrafterNeeds
+from paceline.engine.spec.tree import DraftTree
+from paceline.engine.step import SampledToken, StepPlan, StepResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,4 +102,30 @@ class StepRunner(PageMemory, Protocol):
 
     def run(self, plan: StepPlan) -> StepResult:
         """Compute one step."""
+        ...
+
+
+Advance = tuple[Sequence, tuple[SampledToken, ...]]
+"""A sequence that was computed, and its new tokens."""
+
+
+class DraftSource(Protocol):
+    """Whoever proposes tokens for a step; spec/speculator.py is the implementation."""
+
+    @property
+    def needs(self) -> DrafterNeeds:
+        """What must be found out about the rows that are drawn from."""
+        ...
+
+    def draft(
+        self,
+        sequences: list[Sequence],
+        step: StepShape,
+        reserve: Callable[[Sequence, int], int],
+    ) -> Mapping[int, DraftTree]:
+        """Return drafts by sequence id for some of the sequences that decode in a step.
+
+        `reserve(sequence, n)` takes pages for up to n nodes and returns how many fit; a tree
+        may have no more.
+        """
         ...

@@ -22,7 +22,6 @@ def build_row(sequence: Sequence, count: int, tree: DraftTree = EMPTY_TREE) -> R
         # A leader's target is one short of this, so nothing is drawn for it.
         sample=_sample_spec(sequence) if end == len(tokens) else None,
         tree=tree,
-        is_coupled=not tree.proposals,
     )
 
 

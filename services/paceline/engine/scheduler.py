@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Protocol
 
 from paceline.domain.cost import StepShape
 from paceline.domain.request import FinishReason
@@ -21,9 +20,10 @@ from paceline.engine.blocks import BlockPool
 from paceline.engine.chunking import StepPace
 from paceline.engine.integrity import check_queues
 from paceline.engine.page_table import PageTable
+from paceline.engine.ports import Advance, DraftSource
 from paceline.engine.request import Phase, Sequence
 from paceline.engine.rows import build_row
-from paceline.engine.spec.drafter import NO_NEEDS, DrafterNeeds
+from paceline.engine.spec.drafter import NO_NEEDS
 from paceline.engine.spec.tree import EMPTY_TREE, DraftTree
 from paceline.engine.step import SampledToken, StepPlan, StepResult
 
@@ -32,32 +32,6 @@ _Chosen = dict[int, tuple[Sequence, int]]
 CHUNK_UNIT = 8
 """Prompt tokens by which a chunk beside decoding rows grows, and its least. Where arithmetic is
 slow for its memory, 16 tokens more take as long as 8 decoding rows do alone."""
-
-
-Advance = tuple[Sequence, tuple[SampledToken, ...]]
-"""A sequence that was computed, and its new tokens."""
-
-
-class DraftSource(Protocol):
-    """Whoever proposes tokens for a step; spec/speculator.py is the implementation."""
-
-    @property
-    def needs(self) -> DrafterNeeds:
-        """What must be found out about the rows that are drawn from."""
-        ...
-
-    def draft(
-        self,
-        sequences: list[Sequence],
-        step: StepShape,
-        reserve: Callable[[Sequence, int], int],
-    ) -> Mapping[int, DraftTree]:
-        """Return drafts by sequence id for some of the sequences that decode in a step.
-
-        `reserve(sequence, n)` takes pages for up to n nodes and returns how many fit; a tree
-        may have no more.
-        """
-        ...
 
 
 class Scheduler:

@@ -51,8 +51,6 @@ class Row:
     """Set where the row's last logits are drawn from."""
     tree: DraftTree = EMPTY_TREE
     """Draft under the row's last token; its KV goes to the slots behind, node after node."""
-    is_coupled: bool = True
-    """How the draft is verified: see spec/verify.py."""
 
     @property
     def num_tokens(self) -> int:

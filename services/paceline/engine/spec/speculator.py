@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from paceline.domain.cost import StepShape
+from paceline.engine.ports import Advance
 from paceline.engine.request import Sequence
-from paceline.engine.scheduler import Advance
 from paceline.engine.spec.controller import OFF, Controller, Decision, Outcome, RowView
 from paceline.engine.spec.drafter import DraftBudget, DraftContext, Drafter, DrafterNeeds, Round
 from paceline.engine.spec.lent_target import LentTarget
@@ -105,7 +105,7 @@ class Speculator:
         step: StepShape,
         reserve: Callable[[Sequence, int], int],
     ) -> Mapping[int, DraftTree]:
-        """Return drafts by sequence id; see scheduler.DraftSource."""
+        """Return drafts by sequence id; see ports.DraftSource."""
         started_s = self._clock_s()
         self._num_steps += 1
         self._decisions.clear()
@@ -160,8 +160,7 @@ class Speculator:
 
     def forget(self, sequence_id: int) -> None:
         """Let go of a sequence."""
-        if self._contexts.pop(sequence_id, None) is None:
-            return
+        self._contexts.pop(sequence_id, None)
         self._decisions.pop(sequence_id, None)
         self._controller.forget(sequence_id)
         self._undrafted.discard(sequence_id)
