@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import heapq
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -47,7 +46,7 @@ class Slot(NamedTuple):
     """The candidate's perturbed log-probability, -inf if it was not drawn."""
 
 
-class Growth(ABC):
+class Growth:
     """What the shapes share: the nodes so far, and the level whose candidates are wanted."""
 
     def __init__(self, budget: DraftBudget, source: str) -> None:
@@ -135,9 +134,9 @@ class Growth(ABC):
         """Return how many places under a node may be filled, the first ones."""
         return self.budget.nodes
 
-    @abstractmethod
     def _choose(self, slots: list[list[Slot]]) -> list[Slot]:
         """Return the places to fill, given those under each node of the frontier."""
+        raise NotImplementedError
 
     def _promising(self, nodes: Sequence[int]) -> Sequence[int]:
         """Return those of the new nodes behind which candidates are wanted."""
