@@ -19,6 +19,7 @@ class Role(Enum):
     PREFILL = "prefill"
     DECODE = "decode"
     KVSTORE = "kvstore"
+    TRAINER = "trainer"
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,6 +66,10 @@ class GenerationSpec:
     is_seed_drawn: bool = False
     """Whether the seed was drawn for the request and not chosen by its client: then tokens need
     only be right in distribution."""
+    domain: str = ""
+    """The client's label of the traffic, by which drafts are chosen and trained."""
+    allow_training: bool = False
+    """Whether what is generated may be captured to train drafts."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,6 +67,8 @@ def spec_to_proto(spec: GenerationSpec) -> worker_pb2.GenerationSpec:
         priority=spec.priority,
         speculation=spec.speculation,
         is_seed_drawn=spec.is_seed_drawn,
+        domain=spec.domain,
+        allow_training=spec.allow_training,
     )
 
 
@@ -85,6 +87,8 @@ def spec_from_proto(message: worker_pb2.GenerationSpec) -> GenerationSpec:
         priority=message.priority,
         speculation=message.speculation or "AUTO",
         is_seed_drawn=message.is_seed_drawn,
+        domain=message.domain,
+        allow_training=message.allow_training,
     )
 
 

@@ -22,65 +22,73 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from paceline.v1 import drafts_pb2 as paceline_dot_v1_dot_drafts__pb2
 from paceline.v1 import kvstore_pb2 as paceline_dot_v1_dot_kvstore__pb2
+from paceline.v1 import samples_pb2 as paceline_dot_v1_dot_samples__pb2
 from paceline.v1 import worker_pb2 as paceline_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18paceline/v1/engine.proto\x12\x0bpaceline.v1\x1a\x19paceline/v1/kvstore.proto\x1a\x18paceline/v1/worker.proto\"\xce\x02\n\rEngineCommand\x12,\n\x06submit\x18\x01 \x01(\x0b\x32\x1a.paceline.v1.SubmitRequestH\x00\x12,\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x1a.paceline.v1.CancelRequestH\x00\x12&\n\x07kv_load\x18\x03 \x01(\x0b\x32\x13.paceline.v1.KvLoadH\x00\x12(\n\x08kv_grant\x18\x04 \x01(\x0b\x32\x14.paceline.v1.KvGrantH\x00\x12)\n\x05\x61rena\x18\x05 \x01(\x0b\x32\x18.paceline.v1.ArenaChangeH\x00\x12\x36\n\x0f\x63heck_integrity\x18\x06 \x01(\x0b\x32\x1b.paceline.v1.CheckIntegrityH\x00\x12!\n\x04ping\x18\x07 \x01(\x0b\x32\x11.paceline.v1.PingH\x00\x42\t\n\x07\x63ommand\"\xf0\x02\n\x0b\x45ngineEvent\x12)\n\x05ready\x18\x01 \x01(\x0b\x32\x18.paceline.v1.EngineReadyH\x00\x12\'\n\x04step\x18\x02 \x01(\x0b\x32\x17.paceline.v1.StepOutputH\x00\x12*\n\tkv_lookup\x18\x03 \x01(\x0b\x32\x15.paceline.v1.KvLookupH\x00\x12*\n\tkv_loaded\x18\x04 \x01(\x0b\x32\x15.paceline.v1.KvLoadedH\x00\x12(\n\x08kv_saved\x18\x05 \x01(\x0b\x32\x14.paceline.v1.KvSavedH\x00\x12,\n\x06\x66\x61iled\x18\x06 \x01(\x0b\x32\x1a.paceline.v1.RequestFailedH\x00\x12\x31\n\tintegrity\x18\x07 \x01(\x0b\x32\x1c.paceline.v1.IntegrityReportH\x00\x12!\n\x04pong\x18\x08 \x01(\x0b\x32\x11.paceline.v1.PongH\x00\x42\x07\n\x05\x65vent\"\xb4\x01\n\rSubmitRequest\x12)\n\x04spec\x18\x01 \x01(\x0b\x32\x1b.paceline.v1.GenerationSpec\x12\x17\n\x0fis_prefill_only\x18\x02 \x01(\x08\x12+\n\x07resumed\x18\x03 \x03(\x0b\x32\x1a.paceline.v1.ResumedOutput\x12\x18\n\x10\x66inished_indices\x18\x04 \x03(\r\x12\x18\n\x10\x66leet_request_id\x18\x05 \x01(\t\"A\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\x05index\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\x08\n\x06_index\"Q\n\x08KvLookup\x12\x11\n\tlookup_id\x18\x01 \x01(\x04\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0c\n\x04keys\x18\x03 \x03(\x0c\x12\x10\n\x08tail_key\x18\x04 \x01(\x0c\"G\n\x06KvLoad\x12\x11\n\tlookup_id\x18\x01 \x01(\x04\x12*\n\x06\x62locks\x18\x02 \x03(\x0b\x32\x1a.paceline.v1.AcquiredBlock\"Z\n\x08KvLoaded\x12\x11\n\tlookup_id\x18\x01 \x01(\x04\x12\x14\n\x0c\x63orrupt_keys\x18\x02 \x03(\x0c\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12\x11\n\tnum_bytes\x18\x04 \x01(\x04\"-\n\x07KvGrant\x12\"\n\x05slots\x18\x01 \x03(\x0b\x32\x13.paceline.v1.KvSlot\"J\n\x07KvSaved\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12+\n\x06\x62locks\x18\x02 \x03(\x0b\x32\x1b.paceline.v1.CommittedBlock\".\n\x0b\x41renaChange\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\"\xf1\x01\n\x0b\x45ngineReady\x12%\n\x06layout\x18\x01 \x01(\x0b\x32\x15.paceline.v1.KvLayout\x12\x14\n\x0cmodel_digest\x18\x02 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x03 \x01(\r\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x15\n\rnum_kv_blocks\x18\x05 \x01(\r\x12(\n\tstep_cost\x18\x06 \x01(\x0b\x32\x15.paceline.v1.StepCost\x12\x0b\n\x03pid\x18\x07 \x01(\r\x12\x10\n\x08\x64rafters\x18\x08 \x03(\t\x12\x15\n\rdraft_version\x18\t \x01(\t\"v\n\x08StepCost\x12\x0e\n\x06\x62\x61se_s\x18\x01 \x01(\x01\x12\r\n\x05row_s\x18\x02 \x01(\x01\x12\x0f\n\x07token_s\x18\x03 \x01(\x01\x12\x11\n\tcontext_s\x18\x04 \x01(\x01\x12\'\n\x06\x63urves\x18\x05 \x01(\x0b\x32\x17.paceline.v1.StepCurves\"\xfd\x01\n\nStepCurves\x12\"\n\x06tokens\x18\x01 \x01(\x0b\x32\x12.paceline.v1.Curve\x12 \n\x04rows\x18\x02 \x01(\x0b\x32\x12.paceline.v1.Curve\x12$\n\x08\x63ontexts\x18\x03 \x01(\x0b\x32\x12.paceline.v1.Curve\x12\x15\n\rprefill_row_s\x18\x04 \x01(\x01\x12\x19\n\x11prefill_context_s\x18\x05 \x01(\x01\x12\x16\n\x0eprefill_read_s\x18\x06 \x01(\x01\x12!\n\x05nodes\x18\x07 \x01(\x0b\x32\x12.paceline.v1.Curve\x12\x16\n\x0enode_context_s\x18\x08 \x01(\x01\"(\n\x05\x43urve\x12\x0e\n\x06\x63ounts\x18\x01 \x03(\r\x12\x0f\n\x07seconds\x18\x02 \x03(\x01\"\xae\x01\n\rRequestOutput\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\'\n\x06\x63hunks\x18\x02 \x03(\x0b\x32\x17.paceline.v1.TokenChunk\x12\x18\n\x10local_hit_tokens\x18\x03 \x01(\r\x12\x18\n\x10store_hit_tokens\x18\x04 \x01(\r\x12\x17\n\x0f\x63omputed_tokens\x18\x05 \x01(\r\x12\x13\n\x0bis_finished\x18\x06 \x01(\x08\"`\n\nStepOutput\x12+\n\x07outputs\x18\x01 \x03(\x0b\x32\x1a.paceline.v1.RequestOutput\x12%\n\x04load\x18\x02 \x01(\x0b\x32\x17.paceline.v1.EngineLoad\"\xb6\x02\n\nEngineLoad\x12\x13\n\x0bnum_waiting\x18\x01 \x01(\r\x12\x13\n\x0bnum_running\x18\x02 \x01(\r\x12\"\n\x1anum_pending_prefill_tokens\x18\x03 \x01(\x04\x12\x17\n\x0fnum_free_blocks\x18\x04 \x01(\r\x12\x18\n\x10num_total_blocks\x18\x05 \x01(\r\x12\x13\n\x0blast_step_s\x18\x06 \x01(\x01\x12\x17\n\x0fnum_preemptions\x18\x07 \x01(\x04\x12\x11\n\tnum_steps\x18\x08 \x01(\x04\x12\x1a\n\x12num_context_tokens\x18\t \x01(\x04\x12\x15\n\rnum_evictions\x18\n \x01(\x04\x12\x33\n\x0bspeculation\x18\x0b \x01(\x0b\x32\x1e.paceline.v1.SpeculationReport\"\xb7\x01\n\x11SpeculationReport\x12,\n\x08\x64rafters\x18\x01 \x03(\x0b\x32\x1a.paceline.v1.DrafterReport\x12\x33\n\tdecisions\x18\x02 \x03(\x0b\x32 .paceline.v1.SpeculationDecision\x12\x16\n\x0epredicted_rate\x18\x03 \x01(\x01\x12\x10\n\x08off_rate\x18\x04 \x01(\x01\x12\x15\n\rdraft_version\x18\x05 \x01(\t\"\xe0\x01\n\rDrafterReport\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0e\n\x06rounds\x18\x03 \x01(\x04\x12\x0f\n\x07\x64rafted\x18\x04 \x01(\x04\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x05 \x01(\x04\x12\x0f\n\x07\x65mitted\x18\x06 \x01(\x04\x12\x0f\n\x07\x64raft_s\x18\x07 \x01(\x01\x12\x16\n\x0etried_by_depth\x18\x08 \x03(\x04\x12\x19\n\x11\x61\x63\x63\x65pted_by_depth\x18\t \x03(\x04\x12\x13\n\x0bstate_bytes\x18\n \x01(\x04\x12\x13\n\x0bstate_nodes\x18\x0b \x01(\x04\"E\n\x13SpeculationDecision\x12\x0f\n\x07\x64rafter\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\r\n\x05\x63ount\x18\x03 \x01(\x04\"D\n\rRequestFailed\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"\x10\n\x0e\x43heckIntegrity\"T\n\x0fIntegrityReport\x12\x12\n\nviolations\x18\x01 \x03(\t\x12\x14\n\x0cnum_requests\x18\x02 \x01(\r\x12\x17\n\x0fnum_held_blocks\x18\x03 \x01(\r\"\x06\n\x04Ping\"\x06\n\x04Pongb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18paceline/v1/engine.proto\x12\x0bpaceline.v1\x1a\x18paceline/v1/drafts.proto\x1a\x19paceline/v1/kvstore.proto\x1a\x19paceline/v1/samples.proto\x1a\x18paceline/v1/worker.proto\"\xfa\x02\n\rEngineCommand\x12,\n\x06submit\x18\x01 \x01(\x0b\x32\x1a.paceline.v1.SubmitRequestH\x00\x12,\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x1a.paceline.v1.CancelRequestH\x00\x12&\n\x07kv_load\x18\x03 \x01(\x0b\x32\x13.paceline.v1.KvLoadH\x00\x12(\n\x08kv_grant\x18\x04 \x01(\x0b\x32\x14.paceline.v1.KvGrantH\x00\x12)\n\x05\x61rena\x18\x05 \x01(\x0b\x32\x18.paceline.v1.ArenaChangeH\x00\x12\x36\n\x0f\x63heck_integrity\x18\x06 \x01(\x0b\x32\x1b.paceline.v1.CheckIntegrityH\x00\x12!\n\x04ping\x18\x07 \x01(\x0b\x32\x11.paceline.v1.PingH\x00\x12*\n\x06\x64rafts\x18\x08 \x01(\x0b\x32\x18.paceline.v1.DraftChangeH\x00\x42\t\n\x07\x63ommand\"\xc8\x03\n\x0b\x45ngineEvent\x12)\n\x05ready\x18\x01 \x01(\x0b\x32\x18.paceline.v1.EngineReadyH\x00\x12\'\n\x04step\x18\x02 \x01(\x0b\x32\x17.paceline.v1.StepOutputH\x00\x12*\n\tkv_lookup\x18\x03 \x01(\x0b\x32\x15.paceline.v1.KvLookupH\x00\x12*\n\tkv_loaded\x18\x04 \x01(\x0b\x32\x15.paceline.v1.KvLoadedH\x00\x12(\n\x08kv_saved\x18\x05 \x01(\x0b\x32\x14.paceline.v1.KvSavedH\x00\x12,\n\x06\x66\x61iled\x18\x06 \x01(\x0b\x32\x1a.paceline.v1.RequestFailedH\x00\x12\x31\n\tintegrity\x18\x07 \x01(\x0b\x32\x1c.paceline.v1.IntegrityReportH\x00\x12!\n\x04pong\x18\x08 \x01(\x0b\x32\x11.paceline.v1.PongH\x00\x12+\n\tlearnings\x18\t \x01(\x0b\x32\x16.paceline.v1.LearningsH\x00\x12)\n\x06\x64rafts\x18\n \x01(\x0b\x32\x17.paceline.v1.DraftStateH\x00\x42\x07\n\x05\x65vent\"\xb4\x01\n\rSubmitRequest\x12)\n\x04spec\x18\x01 \x01(\x0b\x32\x1b.paceline.v1.GenerationSpec\x12\x17\n\x0fis_prefill_only\x18\x02 \x01(\x08\x12+\n\x07resumed\x18\x03 \x03(\x0b\x32\x1a.paceline.v1.ResumedOutput\x12\x18\n\x10\x66inished_indices\x18\x04 \x03(\r\x12\x18\n\x10\x66leet_request_id\x18\x05 \x01(\t\"A\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\x05index\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\x08\n\x06_index\"Q\n\x08KvLookup\x12\x11\n\tlookup_id\x18\x01 \x01(\x04\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0c\n\x04keys\x18\x03 \x03(\x0c\x12\x10\n\x08tail_key\x18\x04 \x01(\x0c\"G\n\x06KvLoad\x12\x11\n\tlookup_id\x18\x01 \x01(\x04\x12*\n\x06\x62locks\x18\x02 \x03(\x0b\x32\x1a.paceline.v1.AcquiredBlock\"Z\n\x08KvLoaded\x12\x11\n\tlookup_id\x18\x01 \x01(\x04\x12\x14\n\x0c\x63orrupt_keys\x18\x02 \x03(\x0c\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12\x11\n\tnum_bytes\x18\x04 \x01(\x04\"-\n\x07KvGrant\x12\"\n\x05slots\x18\x01 \x03(\x0b\x32\x13.paceline.v1.KvSlot\"J\n\x07KvSaved\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12+\n\x06\x62locks\x18\x02 \x03(\x0b\x32\x1b.paceline.v1.CommittedBlock\".\n\x0b\x41renaChange\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\"\xf1\x01\n\x0b\x45ngineReady\x12%\n\x06layout\x18\x01 \x01(\x0b\x32\x15.paceline.v1.KvLayout\x12\x14\n\x0cmodel_digest\x18\x02 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x03 \x01(\r\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x15\n\rnum_kv_blocks\x18\x05 \x01(\r\x12(\n\tstep_cost\x18\x06 \x01(\x0b\x32\x15.paceline.v1.StepCost\x12\x0b\n\x03pid\x18\x07 \x01(\r\x12\x10\n\x08\x64rafters\x18\x08 \x03(\t\x12\x15\n\rdraft_version\x18\t \x01(\t\"v\n\x08StepCost\x12\x0e\n\x06\x62\x61se_s\x18\x01 \x01(\x01\x12\r\n\x05row_s\x18\x02 \x01(\x01\x12\x0f\n\x07token_s\x18\x03 \x01(\x01\x12\x11\n\tcontext_s\x18\x04 \x01(\x01\x12\'\n\x06\x63urves\x18\x05 \x01(\x0b\x32\x17.paceline.v1.StepCurves\"\xfd\x01\n\nStepCurves\x12\"\n\x06tokens\x18\x01 \x01(\x0b\x32\x12.paceline.v1.Curve\x12 \n\x04rows\x18\x02 \x01(\x0b\x32\x12.paceline.v1.Curve\x12$\n\x08\x63ontexts\x18\x03 \x01(\x0b\x32\x12.paceline.v1.Curve\x12\x15\n\rprefill_row_s\x18\x04 \x01(\x01\x12\x19\n\x11prefill_context_s\x18\x05 \x01(\x01\x12\x16\n\x0eprefill_read_s\x18\x06 \x01(\x01\x12!\n\x05nodes\x18\x07 \x01(\x0b\x32\x12.paceline.v1.Curve\x12\x16\n\x0enode_context_s\x18\x08 \x01(\x01\"(\n\x05\x43urve\x12\x0e\n\x06\x63ounts\x18\x01 \x03(\r\x12\x0f\n\x07seconds\x18\x02 \x03(\x01\"\xae\x01\n\rRequestOutput\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\'\n\x06\x63hunks\x18\x02 \x03(\x0b\x32\x17.paceline.v1.TokenChunk\x12\x18\n\x10local_hit_tokens\x18\x03 \x01(\r\x12\x18\n\x10store_hit_tokens\x18\x04 \x01(\r\x12\x17\n\x0f\x63omputed_tokens\x18\x05 \x01(\r\x12\x13\n\x0bis_finished\x18\x06 \x01(\x08\"`\n\nStepOutput\x12+\n\x07outputs\x18\x01 \x03(\x0b\x32\x1a.paceline.v1.RequestOutput\x12%\n\x04load\x18\x02 \x01(\x0b\x32\x17.paceline.v1.EngineLoad\"\xb6\x02\n\nEngineLoad\x12\x13\n\x0bnum_waiting\x18\x01 \x01(\r\x12\x13\n\x0bnum_running\x18\x02 \x01(\r\x12\"\n\x1anum_pending_prefill_tokens\x18\x03 \x01(\x04\x12\x17\n\x0fnum_free_blocks\x18\x04 \x01(\r\x12\x18\n\x10num_total_blocks\x18\x05 \x01(\r\x12\x13\n\x0blast_step_s\x18\x06 \x01(\x01\x12\x17\n\x0fnum_preemptions\x18\x07 \x01(\x04\x12\x11\n\tnum_steps\x18\x08 \x01(\x04\x12\x1a\n\x12num_context_tokens\x18\t \x01(\x04\x12\x15\n\rnum_evictions\x18\n \x01(\x04\x12\x33\n\x0bspeculation\x18\x0b \x01(\x0b\x32\x1e.paceline.v1.SpeculationReport\"\xb7\x01\n\x11SpeculationReport\x12,\n\x08\x64rafters\x18\x01 \x03(\x0b\x32\x1a.paceline.v1.DrafterReport\x12\x33\n\tdecisions\x18\x02 \x03(\x0b\x32 .paceline.v1.SpeculationDecision\x12\x16\n\x0epredicted_rate\x18\x03 \x01(\x01\x12\x10\n\x08off_rate\x18\x04 \x01(\x01\x12\x15\n\rdraft_version\x18\x05 \x01(\t\"\xe0\x01\n\rDrafterReport\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0e\n\x06rounds\x18\x03 \x01(\x04\x12\x0f\n\x07\x64rafted\x18\x04 \x01(\x04\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x05 \x01(\x04\x12\x0f\n\x07\x65mitted\x18\x06 \x01(\x04\x12\x0f\n\x07\x64raft_s\x18\x07 \x01(\x01\x12\x16\n\x0etried_by_depth\x18\x08 \x03(\x04\x12\x19\n\x11\x61\x63\x63\x65pted_by_depth\x18\t \x03(\x04\x12\x13\n\x0bstate_bytes\x18\n \x01(\x04\x12\x13\n\x0bstate_nodes\x18\x0b \x01(\x04\"E\n\x13SpeculationDecision\x12\x0f\n\x07\x64rafter\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\r\n\x05\x63ount\x18\x03 \x01(\x04\"D\n\rRequestFailed\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"\x10\n\x0e\x43heckIntegrity\"T\n\x0fIntegrityReport\x12\x12\n\nviolations\x18\x01 \x03(\t\x12\x14\n\x0cnum_requests\x18\x02 \x01(\r\x12\x17\n\x0fnum_held_blocks\x18\x03 \x01(\r\"\x06\n\x04Ping\"\x06\n\x04Pong\"7\n\x0b\x44raftChange\x12(\n\x06\x64rafts\x18\x01 \x03(\x0b\x32\x18.paceline.v1.StagedDraft\"Q\n\x0bStagedDraft\x12\x0f\n\x07\x64rafter\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x11\n\tdirectory\x18\x03 \x01(\t\x12\r\n\x05share\x18\x04 \x01(\x01\"a\n\tLearnings\x12$\n\x07samples\x18\x01 \x03(\x0b\x32\x13.paceline.v1.Sample\x12.\n\x08outcomes\x18\x02 \x03(\x0b\x32\x1c.paceline.v1.SequenceOutcomeb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'paceline.v1.engine_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ENGINECOMMAND']._serialized_start=95
-  _globals['_ENGINECOMMAND']._serialized_end=429
-  _globals['_ENGINEEVENT']._serialized_start=432
-  _globals['_ENGINEEVENT']._serialized_end=800
-  _globals['_SUBMITREQUEST']._serialized_start=803
-  _globals['_SUBMITREQUEST']._serialized_end=983
-  _globals['_CANCELREQUEST']._serialized_start=985
-  _globals['_CANCELREQUEST']._serialized_end=1050
-  _globals['_KVLOOKUP']._serialized_start=1052
-  _globals['_KVLOOKUP']._serialized_end=1133
-  _globals['_KVLOAD']._serialized_start=1135
-  _globals['_KVLOAD']._serialized_end=1206
-  _globals['_KVLOADED']._serialized_start=1208
-  _globals['_KVLOADED']._serialized_end=1298
-  _globals['_KVGRANT']._serialized_start=1300
-  _globals['_KVGRANT']._serialized_end=1345
-  _globals['_KVSAVED']._serialized_start=1347
-  _globals['_KVSAVED']._serialized_end=1421
-  _globals['_ARENACHANGE']._serialized_start=1423
-  _globals['_ARENACHANGE']._serialized_end=1469
-  _globals['_ENGINEREADY']._serialized_start=1472
-  _globals['_ENGINEREADY']._serialized_end=1713
-  _globals['_STEPCOST']._serialized_start=1715
-  _globals['_STEPCOST']._serialized_end=1833
-  _globals['_STEPCURVES']._serialized_start=1836
-  _globals['_STEPCURVES']._serialized_end=2089
-  _globals['_CURVE']._serialized_start=2091
-  _globals['_CURVE']._serialized_end=2131
-  _globals['_REQUESTOUTPUT']._serialized_start=2134
-  _globals['_REQUESTOUTPUT']._serialized_end=2308
-  _globals['_STEPOUTPUT']._serialized_start=2310
-  _globals['_STEPOUTPUT']._serialized_end=2406
-  _globals['_ENGINELOAD']._serialized_start=2409
-  _globals['_ENGINELOAD']._serialized_end=2719
-  _globals['_SPECULATIONREPORT']._serialized_start=2722
-  _globals['_SPECULATIONREPORT']._serialized_end=2905
-  _globals['_DRAFTERREPORT']._serialized_start=2908
-  _globals['_DRAFTERREPORT']._serialized_end=3132
-  _globals['_SPECULATIONDECISION']._serialized_start=3134
-  _globals['_SPECULATIONDECISION']._serialized_end=3203
-  _globals['_REQUESTFAILED']._serialized_start=3205
-  _globals['_REQUESTFAILED']._serialized_end=3273
-  _globals['_CHECKINTEGRITY']._serialized_start=3275
-  _globals['_CHECKINTEGRITY']._serialized_end=3291
-  _globals['_INTEGRITYREPORT']._serialized_start=3293
-  _globals['_INTEGRITYREPORT']._serialized_end=3377
-  _globals['_PING']._serialized_start=3379
-  _globals['_PING']._serialized_end=3385
-  _globals['_PONG']._serialized_start=3387
-  _globals['_PONG']._serialized_end=3393
+  _globals['_ENGINECOMMAND']._serialized_start=148
+  _globals['_ENGINECOMMAND']._serialized_end=526
+  _globals['_ENGINEEVENT']._serialized_start=529
+  _globals['_ENGINEEVENT']._serialized_end=985
+  _globals['_SUBMITREQUEST']._serialized_start=988
+  _globals['_SUBMITREQUEST']._serialized_end=1168
+  _globals['_CANCELREQUEST']._serialized_start=1170
+  _globals['_CANCELREQUEST']._serialized_end=1235
+  _globals['_KVLOOKUP']._serialized_start=1237
+  _globals['_KVLOOKUP']._serialized_end=1318
+  _globals['_KVLOAD']._serialized_start=1320
+  _globals['_KVLOAD']._serialized_end=1391
+  _globals['_KVLOADED']._serialized_start=1393
+  _globals['_KVLOADED']._serialized_end=1483
+  _globals['_KVGRANT']._serialized_start=1485
+  _globals['_KVGRANT']._serialized_end=1530
+  _globals['_KVSAVED']._serialized_start=1532
+  _globals['_KVSAVED']._serialized_end=1606
+  _globals['_ARENACHANGE']._serialized_start=1608
+  _globals['_ARENACHANGE']._serialized_end=1654
+  _globals['_ENGINEREADY']._serialized_start=1657
+  _globals['_ENGINEREADY']._serialized_end=1898
+  _globals['_STEPCOST']._serialized_start=1900
+  _globals['_STEPCOST']._serialized_end=2018
+  _globals['_STEPCURVES']._serialized_start=2021
+  _globals['_STEPCURVES']._serialized_end=2274
+  _globals['_CURVE']._serialized_start=2276
+  _globals['_CURVE']._serialized_end=2316
+  _globals['_REQUESTOUTPUT']._serialized_start=2319
+  _globals['_REQUESTOUTPUT']._serialized_end=2493
+  _globals['_STEPOUTPUT']._serialized_start=2495
+  _globals['_STEPOUTPUT']._serialized_end=2591
+  _globals['_ENGINELOAD']._serialized_start=2594
+  _globals['_ENGINELOAD']._serialized_end=2904
+  _globals['_SPECULATIONREPORT']._serialized_start=2907
+  _globals['_SPECULATIONREPORT']._serialized_end=3090
+  _globals['_DRAFTERREPORT']._serialized_start=3093
+  _globals['_DRAFTERREPORT']._serialized_end=3317
+  _globals['_SPECULATIONDECISION']._serialized_start=3319
+  _globals['_SPECULATIONDECISION']._serialized_end=3388
+  _globals['_REQUESTFAILED']._serialized_start=3390
+  _globals['_REQUESTFAILED']._serialized_end=3458
+  _globals['_CHECKINTEGRITY']._serialized_start=3460
+  _globals['_CHECKINTEGRITY']._serialized_end=3476
+  _globals['_INTEGRITYREPORT']._serialized_start=3478
+  _globals['_INTEGRITYREPORT']._serialized_end=3562
+  _globals['_PING']._serialized_start=3564
+  _globals['_PING']._serialized_end=3570
+  _globals['_PONG']._serialized_start=3572
+  _globals['_PONG']._serialized_end=3578
+  _globals['_DRAFTCHANGE']._serialized_start=3580
+  _globals['_DRAFTCHANGE']._serialized_end=3635
+  _globals['_STAGEDDRAFT']._serialized_start=3637
+  _globals['_STAGEDDRAFT']._serialized_end=3718
+  _globals['_LEARNINGS']._serialized_start=3720
+  _globals['_LEARNINGS']._serialized_end=3817
 # @@protoc_insertion_point(module_scope)

@@ -1,4 +1,6 @@
+from paceline.v1 import drafts_pb2 as _drafts_pb2
 from paceline.v1 import kvstore_pb2 as _kvstore_pb2
+from paceline.v1 import samples_pb2 as _samples_pb2
 from paceline.v1 import worker_pb2 as _worker_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
@@ -9,7 +11,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class EngineCommand(_message.Message):
-    __slots__ = ("submit", "cancel", "kv_load", "kv_grant", "arena", "check_integrity", "ping")
+    __slots__ = ("submit", "cancel", "kv_load", "kv_grant", "arena", "check_integrity", "ping", "drafts")
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     KV_LOAD_FIELD_NUMBER: _ClassVar[int]
@@ -17,6 +19,7 @@ class EngineCommand(_message.Message):
     ARENA_FIELD_NUMBER: _ClassVar[int]
     CHECK_INTEGRITY_FIELD_NUMBER: _ClassVar[int]
     PING_FIELD_NUMBER: _ClassVar[int]
+    DRAFTS_FIELD_NUMBER: _ClassVar[int]
     submit: SubmitRequest
     cancel: CancelRequest
     kv_load: KvLoad
@@ -24,10 +27,11 @@ class EngineCommand(_message.Message):
     arena: ArenaChange
     check_integrity: CheckIntegrity
     ping: Ping
-    def __init__(self, submit: _Optional[_Union[SubmitRequest, _Mapping]] = ..., cancel: _Optional[_Union[CancelRequest, _Mapping]] = ..., kv_load: _Optional[_Union[KvLoad, _Mapping]] = ..., kv_grant: _Optional[_Union[KvGrant, _Mapping]] = ..., arena: _Optional[_Union[ArenaChange, _Mapping]] = ..., check_integrity: _Optional[_Union[CheckIntegrity, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ...) -> None: ...
+    drafts: DraftChange
+    def __init__(self, submit: _Optional[_Union[SubmitRequest, _Mapping]] = ..., cancel: _Optional[_Union[CancelRequest, _Mapping]] = ..., kv_load: _Optional[_Union[KvLoad, _Mapping]] = ..., kv_grant: _Optional[_Union[KvGrant, _Mapping]] = ..., arena: _Optional[_Union[ArenaChange, _Mapping]] = ..., check_integrity: _Optional[_Union[CheckIntegrity, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., drafts: _Optional[_Union[DraftChange, _Mapping]] = ...) -> None: ...
 
 class EngineEvent(_message.Message):
-    __slots__ = ("ready", "step", "kv_lookup", "kv_loaded", "kv_saved", "failed", "integrity", "pong")
+    __slots__ = ("ready", "step", "kv_lookup", "kv_loaded", "kv_saved", "failed", "integrity", "pong", "learnings", "drafts")
     READY_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     KV_LOOKUP_FIELD_NUMBER: _ClassVar[int]
@@ -36,6 +40,8 @@ class EngineEvent(_message.Message):
     FAILED_FIELD_NUMBER: _ClassVar[int]
     INTEGRITY_FIELD_NUMBER: _ClassVar[int]
     PONG_FIELD_NUMBER: _ClassVar[int]
+    LEARNINGS_FIELD_NUMBER: _ClassVar[int]
+    DRAFTS_FIELD_NUMBER: _ClassVar[int]
     ready: EngineReady
     step: StepOutput
     kv_lookup: KvLookup
@@ -44,7 +50,9 @@ class EngineEvent(_message.Message):
     failed: RequestFailed
     integrity: IntegrityReport
     pong: Pong
-    def __init__(self, ready: _Optional[_Union[EngineReady, _Mapping]] = ..., step: _Optional[_Union[StepOutput, _Mapping]] = ..., kv_lookup: _Optional[_Union[KvLookup, _Mapping]] = ..., kv_loaded: _Optional[_Union[KvLoaded, _Mapping]] = ..., kv_saved: _Optional[_Union[KvSaved, _Mapping]] = ..., failed: _Optional[_Union[RequestFailed, _Mapping]] = ..., integrity: _Optional[_Union[IntegrityReport, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ...) -> None: ...
+    learnings: Learnings
+    drafts: _drafts_pb2.DraftState
+    def __init__(self, ready: _Optional[_Union[EngineReady, _Mapping]] = ..., step: _Optional[_Union[StepOutput, _Mapping]] = ..., kv_lookup: _Optional[_Union[KvLookup, _Mapping]] = ..., kv_loaded: _Optional[_Union[KvLoaded, _Mapping]] = ..., kv_saved: _Optional[_Union[KvSaved, _Mapping]] = ..., failed: _Optional[_Union[RequestFailed, _Mapping]] = ..., integrity: _Optional[_Union[IntegrityReport, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., learnings: _Optional[_Union[Learnings, _Mapping]] = ..., drafts: _Optional[_Union[_drafts_pb2.DraftState, _Mapping]] = ...) -> None: ...
 
 class SubmitRequest(_message.Message):
     __slots__ = ("spec", "is_prefill_only", "resumed", "finished_indices", "fleet_request_id")
@@ -317,3 +325,29 @@ class Ping(_message.Message):
 class Pong(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class DraftChange(_message.Message):
+    __slots__ = ("drafts",)
+    DRAFTS_FIELD_NUMBER: _ClassVar[int]
+    drafts: _containers.RepeatedCompositeFieldContainer[StagedDraft]
+    def __init__(self, drafts: _Optional[_Iterable[_Union[StagedDraft, _Mapping]]] = ...) -> None: ...
+
+class StagedDraft(_message.Message):
+    __slots__ = ("drafter", "version", "directory", "share")
+    DRAFTER_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    DIRECTORY_FIELD_NUMBER: _ClassVar[int]
+    SHARE_FIELD_NUMBER: _ClassVar[int]
+    drafter: str
+    version: str
+    directory: str
+    share: float
+    def __init__(self, drafter: _Optional[str] = ..., version: _Optional[str] = ..., directory: _Optional[str] = ..., share: _Optional[float] = ...) -> None: ...
+
+class Learnings(_message.Message):
+    __slots__ = ("samples", "outcomes")
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    OUTCOMES_FIELD_NUMBER: _ClassVar[int]
+    samples: _containers.RepeatedCompositeFieldContainer[_samples_pb2.Sample]
+    outcomes: _containers.RepeatedCompositeFieldContainer[_samples_pb2.SequenceOutcome]
+    def __init__(self, samples: _Optional[_Iterable[_Union[_samples_pb2.Sample, _Mapping]]] = ..., outcomes: _Optional[_Iterable[_Union[_samples_pb2.SequenceOutcome, _Mapping]]] = ...) -> None: ...

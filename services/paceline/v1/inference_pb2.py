@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bpaceline/v1/inference.proto\x12\x0bpaceline.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"(\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"5\n\x0bMessageList\x12&\n\x08messages\x18\x01 \x03(\x0b\x32\x14.paceline.v1.Message\"\x1d\n\nChoiceList\x12\x0f\n\x07\x63hoices\x18\x01 \x03(\t\"\xff\x01\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\r\n\x05top_k\x18\x02 \x01(\x05\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x01\x88\x01\x01\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x02\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x02\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x03\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seed\"!\n\x11SpeculationParams\x12\x0c\n\x04mode\x18\x01 \x01(\t\"\xcd\x04\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12,\n\x08messages\x18\x03 \x01(\x0b\x32\x18.paceline.v1.MessageListH\x00\x12*\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x15.paceline.v1.TokenIdsH\x00\x12-\n\x08sampling\x18\x05 \x01(\x0b\x32\x1b.paceline.v1.SamplingParams\x12\x17\n\nmax_tokens\x18\x06 \x01(\rH\x02\x88\x01\x01\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x12\n\nignore_eos\x18\t \x01(\x08\x12\x10\n\x08logprobs\x18\n \x01(\r\x12\x0e\n\x01n\x18\x0b \x01(\rH\x03\x88\x01\x01\x12\x15\n\x0bjson_schema\x18\x0c \x01(\tH\x01\x12\x0f\n\x05regex\x18\r \x01(\tH\x01\x12)\n\x06\x63hoice\x18\x0e \x01(\x0b\x32\x17.paceline.v1.ChoiceListH\x01\x12\x11\n\x07grammar\x18\x0f \x01(\tH\x01\x12\x10\n\x08priority\x18\x10 \x01(\x05\x12\x12\n\nrequest_id\x18\x11 \x01(\t\x12\x33\n\x0bspeculation\x18\x12 \x01(\x0b\x32\x1e.paceline.v1.SpeculationParams\x12\x1b\n\x0e\x61llow_training\x18\x13 \x01(\x08H\x04\x88\x01\x01\x42\x07\n\x05inputB\x0c\n\nconstraintB\r\n\x0b_max_tokensB\x04\n\x02_nB\x11\n\x0f_allow_training\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"X\n\rTokenLogprobs\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12$\n\x03top\x18\x03 \x03(\x0b\x32\x17.paceline.v1.TopLogprob\"\xaf\x02\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\x12\x16\n\x0e\x64rafted_tokens\x18\x04 \x01(\r\x12\x17\n\x0f\x61\x63\x63\x65pted_tokens\x18\x05 \x01(\r\x12\x14\n\x0ctarget_steps\x18\x06 \x01(\r\x12\x0e\n\x06ttft_s\x18\x07 \x01(\x01\x12\r\n\x05\x65\x32\x65_s\x18\x08 \x01(\x01\x12\x16\n\x0eprefill_worker\x18\t \x01(\t\x12\x15\n\rdecode_worker\x18\n \x01(\t\x12\x15\n\rdraft_version\x18\x0b \x01(\t\x12\x12\n\nmigrations\x18\x0c \x01(\r\x12\x16\n\x0e\x61pproximations\x18\r \x03(\t\"\xc5\x01\n\x10GenerateResponse\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12,\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1a.paceline.v1.TokenLogprobs\x12\x30\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x19.paceline.v1.FinishReason\x12!\n\x05usage\x18\x06 \x01(\x0b\x32\x12.paceline.v1.Usage\"\x13\n\x11ListModelsRequest\"g\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12\x10\n\x08is_ready\x18\x05 \x01(\x08\"8\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.paceline.v1.Model\"l\n\x12\x43ountTokensRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12,\n\x08messages\x18\x03 \x01(\x0b\x32\x18.paceline.v1.MessageListH\x00\x42\x07\n\x05input\"<\n\x13\x43ountTokensResponse\x12\x12\n\nnum_tokens\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r*\x95\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x32\xfe\x01\n\x10InferenceService\x12I\n\x08Generate\x12\x1c.paceline.v1.GenerateRequest\x1a\x1d.paceline.v1.GenerateResponse0\x01\x12M\n\nListModels\x12\x1e.paceline.v1.ListModelsRequest\x1a\x1f.paceline.v1.ListModelsResponse\x12P\n\x0b\x43ountTokens\x12\x1f.paceline.v1.CountTokensRequest\x1a .paceline.v1.CountTokensResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bpaceline/v1/inference.proto\x12\x0bpaceline.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"(\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"5\n\x0bMessageList\x12&\n\x08messages\x18\x01 \x03(\x0b\x32\x14.paceline.v1.Message\"\x1d\n\nChoiceList\x12\x0f\n\x07\x63hoices\x18\x01 \x03(\t\"\xff\x01\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\r\n\x05top_k\x18\x02 \x01(\x05\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x01\x88\x01\x01\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x02\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x02\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x03\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seed\"!\n\x11SpeculationParams\x12\x0c\n\x04mode\x18\x01 \x01(\t\"\xdd\x04\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12,\n\x08messages\x18\x03 \x01(\x0b\x32\x18.paceline.v1.MessageListH\x00\x12*\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x15.paceline.v1.TokenIdsH\x00\x12-\n\x08sampling\x18\x05 \x01(\x0b\x32\x1b.paceline.v1.SamplingParams\x12\x17\n\nmax_tokens\x18\x06 \x01(\rH\x02\x88\x01\x01\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x12\n\nignore_eos\x18\t \x01(\x08\x12\x10\n\x08logprobs\x18\n \x01(\r\x12\x0e\n\x01n\x18\x0b \x01(\rH\x03\x88\x01\x01\x12\x15\n\x0bjson_schema\x18\x0c \x01(\tH\x01\x12\x0f\n\x05regex\x18\r \x01(\tH\x01\x12)\n\x06\x63hoice\x18\x0e \x01(\x0b\x32\x17.paceline.v1.ChoiceListH\x01\x12\x11\n\x07grammar\x18\x0f \x01(\tH\x01\x12\x10\n\x08priority\x18\x10 \x01(\x05\x12\x12\n\nrequest_id\x18\x11 \x01(\t\x12\x33\n\x0bspeculation\x18\x12 \x01(\x0b\x32\x1e.paceline.v1.SpeculationParams\x12\x1b\n\x0e\x61llow_training\x18\x13 \x01(\x08H\x04\x88\x01\x01\x12\x0e\n\x06\x64omain\x18\x14 \x01(\tB\x07\n\x05inputB\x0c\n\nconstraintB\r\n\x0b_max_tokensB\x04\n\x02_nB\x11\n\x0f_allow_training\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"X\n\rTokenLogprobs\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12$\n\x03top\x18\x03 \x03(\x0b\x32\x17.paceline.v1.TopLogprob\"\xaf\x02\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\x12\x16\n\x0e\x64rafted_tokens\x18\x04 \x01(\r\x12\x17\n\x0f\x61\x63\x63\x65pted_tokens\x18\x05 \x01(\r\x12\x14\n\x0ctarget_steps\x18\x06 \x01(\r\x12\x0e\n\x06ttft_s\x18\x07 \x01(\x01\x12\r\n\x05\x65\x32\x65_s\x18\x08 \x01(\x01\x12\x16\n\x0eprefill_worker\x18\t \x01(\t\x12\x15\n\rdecode_worker\x18\n \x01(\t\x12\x15\n\rdraft_version\x18\x0b \x01(\t\x12\x12\n\nmigrations\x18\x0c \x01(\r\x12\x16\n\x0e\x61pproximations\x18\r \x03(\t\"\xc5\x01\n\x10GenerateResponse\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12,\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1a.paceline.v1.TokenLogprobs\x12\x30\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x19.paceline.v1.FinishReason\x12!\n\x05usage\x18\x06 \x01(\x0b\x32\x12.paceline.v1.Usage\"\x13\n\x11ListModelsRequest\"g\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12\x10\n\x08is_ready\x18\x05 \x01(\x08\"8\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.paceline.v1.Model\"l\n\x12\x43ountTokensRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12,\n\x08messages\x18\x03 \x01(\x0b\x32\x18.paceline.v1.MessageListH\x00\x42\x07\n\x05input\"<\n\x13\x43ountTokensResponse\x12\x12\n\nnum_tokens\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r*\x95\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x32\xfe\x01\n\x10InferenceService\x12I\n\x08Generate\x12\x1c.paceline.v1.GenerateRequest\x1a\x1d.paceline.v1.GenerateResponse0\x01\x12M\n\nListModels\x12\x1e.paceline.v1.ListModelsRequest\x1a\x1f.paceline.v1.ListModelsResponse\x12P\n\x0b\x43ountTokens\x12\x1f.paceline.v1.CountTokensRequest\x1a .paceline.v1.CountTokensResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'paceline.v1.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=2084
-  _globals['_FINISHREASON']._serialized_end=2233
+  _globals['_FINISHREASON']._serialized_start=2100
+  _globals['_FINISHREASON']._serialized_end=2249
   _globals['_TOKENIDS']._serialized_start=44
   _globals['_TOKENIDS']._serialized_end=67
   _globals['_MESSAGE']._serialized_start=69
@@ -46,25 +46,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SPECULATIONPARAMS']._serialized_start=455
   _globals['_SPECULATIONPARAMS']._serialized_end=488
   _globals['_GENERATEREQUEST']._serialized_start=491
-  _globals['_GENERATEREQUEST']._serialized_end=1080
-  _globals['_TOPLOGPROB']._serialized_start=1082
-  _globals['_TOPLOGPROB']._serialized_end=1129
-  _globals['_TOKENLOGPROBS']._serialized_start=1131
-  _globals['_TOKENLOGPROBS']._serialized_end=1219
-  _globals['_USAGE']._serialized_start=1222
-  _globals['_USAGE']._serialized_end=1525
-  _globals['_GENERATERESPONSE']._serialized_start=1528
-  _globals['_GENERATERESPONSE']._serialized_end=1725
-  _globals['_LISTMODELSREQUEST']._serialized_start=1727
-  _globals['_LISTMODELSREQUEST']._serialized_end=1746
-  _globals['_MODEL']._serialized_start=1748
-  _globals['_MODEL']._serialized_end=1851
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1853
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1909
-  _globals['_COUNTTOKENSREQUEST']._serialized_start=1911
-  _globals['_COUNTTOKENSREQUEST']._serialized_end=2019
-  _globals['_COUNTTOKENSRESPONSE']._serialized_start=2021
-  _globals['_COUNTTOKENSRESPONSE']._serialized_end=2081
-  _globals['_INFERENCESERVICE']._serialized_start=2236
-  _globals['_INFERENCESERVICE']._serialized_end=2490
+  _globals['_GENERATEREQUEST']._serialized_end=1096
+  _globals['_TOPLOGPROB']._serialized_start=1098
+  _globals['_TOPLOGPROB']._serialized_end=1145
+  _globals['_TOKENLOGPROBS']._serialized_start=1147
+  _globals['_TOKENLOGPROBS']._serialized_end=1235
+  _globals['_USAGE']._serialized_start=1238
+  _globals['_USAGE']._serialized_end=1541
+  _globals['_GENERATERESPONSE']._serialized_start=1544
+  _globals['_GENERATERESPONSE']._serialized_end=1741
+  _globals['_LISTMODELSREQUEST']._serialized_start=1743
+  _globals['_LISTMODELSREQUEST']._serialized_end=1762
+  _globals['_MODEL']._serialized_start=1764
+  _globals['_MODEL']._serialized_end=1867
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1869
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1925
+  _globals['_COUNTTOKENSREQUEST']._serialized_start=1927
+  _globals['_COUNTTOKENSREQUEST']._serialized_end=2035
+  _globals['_COUNTTOKENSRESPONSE']._serialized_start=2037
+  _globals['_COUNTTOKENSRESPONSE']._serialized_end=2097
+  _globals['_INFERENCESERVICE']._serialized_start=2252
+  _globals['_INFERENCESERVICE']._serialized_end=2506
 # @@protoc_insertion_point(module_scope)

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from paceline.v1 import inference_pb2 as paceline_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18paceline/v1/worker.proto\x12\x0bpaceline.v1\x1a\x1bpaceline/v1/inference.proto\"\x9c\x02\n\x0eGenerationSpec\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\ncache_salt\x18\x02 \x01(\x0c\x12\x18\n\x10prompt_token_ids\x18\x03 \x03(\r\x12-\n\x08sampling\x18\x04 \x01(\x0b\x32\x1b.paceline.v1.SamplingParams\x12\x12\n\nmax_tokens\x18\x05 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x06 \x03(\r\x12\x12\n\nignore_eos\x18\x07 \x01(\x08\x12\x10\n\x08logprobs\x18\x08 \x01(\r\x12\t\n\x01n\x18\t \x01(\r\x12\x10\n\x08priority\x18\n \x01(\x05\x12\x13\n\x0bspeculation\x18\x0b \x01(\t\x12\x15\n\ris_seed_drawn\x18\x0c \x01(\x08\"O\n\x0ePrefillRequest\x12)\n\x04spec\x18\x01 \x01(\x0b\x32\x1b.paceline.v1.GenerationSpec\x12\x12\n\nkv_sources\x18\x02 \x03(\t\"\x88\x01\n\x0fPrefillResponse\x12\x16\n\x0epublished_keys\x18\x01 \x03(\x0c\x12\x18\n\x10published_tokens\x18\x02 \x01(\r\x12\x18\n\x10local_hit_tokens\x18\x03 \x01(\r\x12\x18\n\x10store_hit_tokens\x18\x04 \x01(\r\x12\x0f\n\x07is_last\x18\x05 \x01(\x08\"1\n\rResumedOutput\x12\r\n\x05index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"\x95\x01\n\rDecodeRequest\x12)\n\x04spec\x18\x01 \x01(\x0b\x32\x1b.paceline.v1.GenerationSpec\x12\x12\n\nkv_sources\x18\x02 \x03(\t\x12+\n\x07resumed\x18\x03 \x03(\x0b\x32\x1a.paceline.v1.ResumedOutput\x12\x18\n\x10\x66inished_indices\x18\x04 \x03(\r\"\xec\x01\n\nTokenChunk\x12\r\n\x05index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12,\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1a.paceline.v1.TokenLogprobs\x12\x30\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x19.paceline.v1.FinishReason\x12\x14\n\x0ctarget_steps\x18\x05 \x01(\r\x12\x16\n\x0e\x64rafted_tokens\x18\x06 \x01(\r\x12\x17\n\x0f\x61\x63\x63\x65pted_tokens\x18\x07 \x01(\r\x12\x15\n\rdraft_version\x18\x08 \x01(\t\"m\n\x0e\x44\x65\x63odeResponse\x12\'\n\x06\x63hunks\x18\x01 \x03(\x0b\x32\x17.paceline.v1.TokenChunk\x12\x18\n\x10local_hit_tokens\x18\x02 \x01(\r\x12\x18\n\x10store_hit_tokens\x18\x03 \x01(\r\"8\n\x13StopSequenceRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\"\x16\n\x14StopSequenceResponse\"\x17\n\x15\x43heckIntegrityRequest\"p\n\x16\x43heckIntegrityResponse\x12\x12\n\nviolations\x18\x01 \x03(\t\x12\x14\n\x0cnum_requests\x18\x02 \x01(\r\x12\x17\n\x0fnum_held_blocks\x18\x03 \x01(\r\x12\x13\n\x0bnum_streams\x18\x04 \x01(\r2X\n\x0ePrefillService\x12\x46\n\x07Prefill\x12\x1b.paceline.v1.PrefillRequest\x1a\x1c.paceline.v1.PrefillResponse0\x01\x32\xa9\x01\n\rDecodeService\x12\x43\n\x06\x44\x65\x63ode\x12\x1a.paceline.v1.DecodeRequest\x1a\x1b.paceline.v1.DecodeResponse0\x01\x12S\n\x0cStopSequence\x12 .paceline.v1.StopSequenceRequest\x1a!.paceline.v1.StopSequenceResponse2j\n\rWorkerService\x12Y\n\x0e\x43heckIntegrity\x12\".paceline.v1.CheckIntegrityRequest\x1a#.paceline.v1.CheckIntegrityResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18paceline/v1/worker.proto\x12\x0bpaceline.v1\x1a\x1bpaceline/v1/inference.proto\"\xc4\x02\n\x0eGenerationSpec\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\ncache_salt\x18\x02 \x01(\x0c\x12\x18\n\x10prompt_token_ids\x18\x03 \x03(\r\x12-\n\x08sampling\x18\x04 \x01(\x0b\x32\x1b.paceline.v1.SamplingParams\x12\x12\n\nmax_tokens\x18\x05 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x06 \x03(\r\x12\x12\n\nignore_eos\x18\x07 \x01(\x08\x12\x10\n\x08logprobs\x18\x08 \x01(\r\x12\t\n\x01n\x18\t \x01(\r\x12\x10\n\x08priority\x18\n \x01(\x05\x12\x13\n\x0bspeculation\x18\x0b \x01(\t\x12\x15\n\ris_seed_drawn\x18\x0c \x01(\x08\x12\x0e\n\x06\x64omain\x18\r \x01(\t\x12\x16\n\x0e\x61llow_training\x18\x0e \x01(\x08\"O\n\x0ePrefillRequest\x12)\n\x04spec\x18\x01 \x01(\x0b\x32\x1b.paceline.v1.GenerationSpec\x12\x12\n\nkv_sources\x18\x02 \x03(\t\"\x88\x01\n\x0fPrefillResponse\x12\x16\n\x0epublished_keys\x18\x01 \x03(\x0c\x12\x18\n\x10published_tokens\x18\x02 \x01(\r\x12\x18\n\x10local_hit_tokens\x18\x03 \x01(\r\x12\x18\n\x10store_hit_tokens\x18\x04 \x01(\r\x12\x0f\n\x07is_last\x18\x05 \x01(\x08\"1\n\rResumedOutput\x12\r\n\x05index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"\x95\x01\n\rDecodeRequest\x12)\n\x04spec\x18\x01 \x01(\x0b\x32\x1b.paceline.v1.GenerationSpec\x12\x12\n\nkv_sources\x18\x02 \x03(\t\x12+\n\x07resumed\x18\x03 \x03(\x0b\x32\x1a.paceline.v1.ResumedOutput\x12\x18\n\x10\x66inished_indices\x18\x04 \x03(\r\"\xec\x01\n\nTokenChunk\x12\r\n\x05index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12,\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1a.paceline.v1.TokenLogprobs\x12\x30\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x19.paceline.v1.FinishReason\x12\x14\n\x0ctarget_steps\x18\x05 \x01(\r\x12\x16\n\x0e\x64rafted_tokens\x18\x06 \x01(\r\x12\x17\n\x0f\x61\x63\x63\x65pted_tokens\x18\x07 \x01(\r\x12\x15\n\rdraft_version\x18\x08 \x01(\t\"m\n\x0e\x44\x65\x63odeResponse\x12\'\n\x06\x63hunks\x18\x01 \x03(\x0b\x32\x17.paceline.v1.TokenChunk\x12\x18\n\x10local_hit_tokens\x18\x02 \x01(\r\x12\x18\n\x10store_hit_tokens\x18\x03 \x01(\r\"8\n\x13StopSequenceRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\"\x16\n\x14StopSequenceResponse\"\x17\n\x15\x43heckIntegrityRequest\"p\n\x16\x43heckIntegrityResponse\x12\x12\n\nviolations\x18\x01 \x03(\t\x12\x14\n\x0cnum_requests\x18\x02 \x01(\r\x12\x17\n\x0fnum_held_blocks\x18\x03 \x01(\r\x12\x13\n\x0bnum_streams\x18\x04 \x01(\r2X\n\x0ePrefillService\x12\x46\n\x07Prefill\x12\x1b.paceline.v1.PrefillRequest\x1a\x1c.paceline.v1.PrefillResponse0\x01\x32\xa9\x01\n\rDecodeService\x12\x43\n\x06\x44\x65\x63ode\x12\x1a.paceline.v1.DecodeRequest\x1a\x1b.paceline.v1.DecodeResponse0\x01\x12S\n\x0cStopSequence\x12 .paceline.v1.StopSequenceRequest\x1a!.paceline.v1.StopSequenceResponse2j\n\rWorkerService\x12Y\n\x0e\x43heckIntegrity\x12\".paceline.v1.CheckIntegrityRequest\x1a#.paceline.v1.CheckIntegrityResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,31 +33,31 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'paceline.v1.worker_pb2', _g
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GENERATIONSPEC']._serialized_start=71
-  _globals['_GENERATIONSPEC']._serialized_end=355
-  _globals['_PREFILLREQUEST']._serialized_start=357
-  _globals['_PREFILLREQUEST']._serialized_end=436
-  _globals['_PREFILLRESPONSE']._serialized_start=439
-  _globals['_PREFILLRESPONSE']._serialized_end=575
-  _globals['_RESUMEDOUTPUT']._serialized_start=577
-  _globals['_RESUMEDOUTPUT']._serialized_end=626
-  _globals['_DECODEREQUEST']._serialized_start=629
-  _globals['_DECODEREQUEST']._serialized_end=778
-  _globals['_TOKENCHUNK']._serialized_start=781
-  _globals['_TOKENCHUNK']._serialized_end=1017
-  _globals['_DECODERESPONSE']._serialized_start=1019
-  _globals['_DECODERESPONSE']._serialized_end=1128
-  _globals['_STOPSEQUENCEREQUEST']._serialized_start=1130
-  _globals['_STOPSEQUENCEREQUEST']._serialized_end=1186
-  _globals['_STOPSEQUENCERESPONSE']._serialized_start=1188
-  _globals['_STOPSEQUENCERESPONSE']._serialized_end=1210
-  _globals['_CHECKINTEGRITYREQUEST']._serialized_start=1212
-  _globals['_CHECKINTEGRITYREQUEST']._serialized_end=1235
-  _globals['_CHECKINTEGRITYRESPONSE']._serialized_start=1237
-  _globals['_CHECKINTEGRITYRESPONSE']._serialized_end=1349
-  _globals['_PREFILLSERVICE']._serialized_start=1351
-  _globals['_PREFILLSERVICE']._serialized_end=1439
-  _globals['_DECODESERVICE']._serialized_start=1442
-  _globals['_DECODESERVICE']._serialized_end=1611
-  _globals['_WORKERSERVICE']._serialized_start=1613
-  _globals['_WORKERSERVICE']._serialized_end=1719
+  _globals['_GENERATIONSPEC']._serialized_end=395
+  _globals['_PREFILLREQUEST']._serialized_start=397
+  _globals['_PREFILLREQUEST']._serialized_end=476
+  _globals['_PREFILLRESPONSE']._serialized_start=479
+  _globals['_PREFILLRESPONSE']._serialized_end=615
+  _globals['_RESUMEDOUTPUT']._serialized_start=617
+  _globals['_RESUMEDOUTPUT']._serialized_end=666
+  _globals['_DECODEREQUEST']._serialized_start=669
+  _globals['_DECODEREQUEST']._serialized_end=818
+  _globals['_TOKENCHUNK']._serialized_start=821
+  _globals['_TOKENCHUNK']._serialized_end=1057
+  _globals['_DECODERESPONSE']._serialized_start=1059
+  _globals['_DECODERESPONSE']._serialized_end=1168
+  _globals['_STOPSEQUENCEREQUEST']._serialized_start=1170
+  _globals['_STOPSEQUENCEREQUEST']._serialized_end=1226
+  _globals['_STOPSEQUENCERESPONSE']._serialized_start=1228
+  _globals['_STOPSEQUENCERESPONSE']._serialized_end=1250
+  _globals['_CHECKINTEGRITYREQUEST']._serialized_start=1252
+  _globals['_CHECKINTEGRITYREQUEST']._serialized_end=1275
+  _globals['_CHECKINTEGRITYRESPONSE']._serialized_start=1277
+  _globals['_CHECKINTEGRITYRESPONSE']._serialized_end=1389
+  _globals['_PREFILLSERVICE']._serialized_start=1391
+  _globals['_PREFILLSERVICE']._serialized_end=1479
+  _globals['_DECODESERVICE']._serialized_start=1482
+  _globals['_DECODESERVICE']._serialized_end=1651
+  _globals['_WORKERSERVICE']._serialized_start=1653
+  _globals['_WORKERSERVICE']._serialized_end=1759
 # @@protoc_insertion_point(module_scope)

@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class GenerationSpec(_message.Message):
-    __slots__ = ("request_id", "cache_salt", "prompt_token_ids", "sampling", "max_tokens", "stop_token_ids", "ignore_eos", "logprobs", "n", "priority", "speculation", "is_seed_drawn")
+    __slots__ = ("request_id", "cache_salt", "prompt_token_ids", "sampling", "max_tokens", "stop_token_ids", "ignore_eos", "logprobs", "n", "priority", "speculation", "is_seed_drawn", "domain", "allow_training")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -21,6 +21,8 @@ class GenerationSpec(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     SPECULATION_FIELD_NUMBER: _ClassVar[int]
     IS_SEED_DRAWN_FIELD_NUMBER: _ClassVar[int]
+    DOMAIN_FIELD_NUMBER: _ClassVar[int]
+    ALLOW_TRAINING_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     cache_salt: bytes
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -33,7 +35,9 @@ class GenerationSpec(_message.Message):
     priority: int
     speculation: str
     is_seed_drawn: bool
-    def __init__(self, request_id: _Optional[str] = ..., cache_salt: _Optional[bytes] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_inference_pb2.SamplingParams, _Mapping]] = ..., max_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., logprobs: _Optional[int] = ..., n: _Optional[int] = ..., priority: _Optional[int] = ..., speculation: _Optional[str] = ..., is_seed_drawn: _Optional[bool] = ...) -> None: ...
+    domain: str
+    allow_training: bool
+    def __init__(self, request_id: _Optional[str] = ..., cache_salt: _Optional[bytes] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_inference_pb2.SamplingParams, _Mapping]] = ..., max_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., logprobs: _Optional[int] = ..., n: _Optional[int] = ..., priority: _Optional[int] = ..., speculation: _Optional[str] = ..., is_seed_drawn: _Optional[bool] = ..., domain: _Optional[str] = ..., allow_training: _Optional[bool] = ...) -> None: ...
 
 class PrefillRequest(_message.Message):
     __slots__ = ("spec", "kv_sources")
