@@ -11,6 +11,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import IntEnum
 
+from blake3 import blake3
+
+_TENANT_BYTES = 8
+
+
+def tenant_digest(cache_salt: bytes) -> bytes:
+    """Return what stands for a tenant in samples and outcomes."""
+    return blake3(cache_salt).digest(_TENANT_BYTES)
+
 
 class TokenOrigin(IntEnum):
     """How a token came about, as one byte."""

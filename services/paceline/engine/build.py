@@ -31,6 +31,8 @@ from paceline.engine.probe import StepTimer
 from paceline.engine.runner import Runner
 from paceline.engine.scheduler import Scheduler
 from paceline.engine.spec.assemble import check_options, make_speculator
+from paceline.engine.spec.capture import Capture
+from paceline.engine.spec.speculator import Speculator
 from paceline.engine.weights import model_digest
 
 
@@ -107,6 +109,7 @@ def build_engine(options: EngineOptions) -> tuple[Engine, EngineCard]:
         vocab_size=config.vocab_size,
         monotonic=time.monotonic,
         speculator=speculator,
+        capture=_capture(options, config.vocab_size, speculator),
     )
     card = EngineCard(
         config=config,
@@ -122,6 +125,23 @@ def build_engine(options: EngineOptions) -> tuple[Engine, EngineCard]:
         draft_version="" if speculator is None else speculator.version,
     )
     return engine, card
+
+
+def _capture(
+    options: EngineOptions, vocab_size: int, speculator: Speculator | None
+) -> Capture | None:
+    if not options.capture_share:
+        return None
+
+    def version_of(sequence_id: int) -> str:
+        return "" if speculator is None else speculator.version
+
+    return Capture(
+        share=options.capture_share,
+        top=min(options.capture_top, vocab_size),
+        hidden=options.capture_hidden,
+        version_of=version_of,
+    )
 
 
 def _step_cost(
@@ -148,11 +168,20 @@ def _check_options(options: EngineOptions) -> None:
     check_options(options)
     if options.dtype not in KV_DTYPES:
         raise ValueError(f"dtype {options.dtype!r}: expected one of {sorted(KV_DTYPES)}")
-    for name in ("block_size", "chunk_tokens", "max_num_seqs", "threads", "kv_memory_mb"):
+    for name in (
+        "block_size",
+        "chunk_tokens",
+        "max_num_seqs",
+        "threads",
+        "kv_memory_mb",
+        "capture_top",
+    ):
         if getattr(options, name) < 1:
             raise ValueError(f"{name} {getattr(options, name)}: expected at least 1")
     if options.mixed_step_ratio < 1:
         raise ValueError(f"mixed_step_ratio {options.mixed_step_ratio}: expected at least 1")
+    if not 0 <= options.capture_share <= 1:
+        raise ValueError(f"capture_share {options.capture_share}: expected in [0, 1]")
 
 
 def _num_pages(options: EngineOptions, config: ModelConfig, dtype: torch.dtype) -> int:

@@ -15,7 +15,7 @@ from paceline.domain.blocks import salt_key
 from paceline.domain.errors import AlreadyExistsError, InternalError
 from paceline.domain.request import FinishReason, GenerationSpec, TokenChunk
 from paceline.engine.admission import Admission
-from paceline.engine.events import EngineEvent, EngineLoad, FailedEvent
+from paceline.engine.events import EngineEvent, EngineLoad, FailedEvent, LearningsEvent
 from paceline.engine.integrity import check_requests
 from paceline.engine.kv_exchange import KvExchange
 from paceline.engine.ports import BlockArena, Slot, StepRunner, StoredBlock
@@ -26,6 +26,7 @@ from paceline.engine.spec.report import PacedReport
 from paceline.engine.step import SampledToken, StepPlan
 
 if TYPE_CHECKING:
+    from paceline.engine.spec.capture import Capture
     from paceline.engine.spec.speculator import Speculator
 
 logger = logging.getLogger(__name__)
@@ -43,10 +44,12 @@ class Engine:
         vocab_size: int,
         monotonic: Callable[[], float],
         speculator: Speculator | None = None,
+        capture: Capture | None = None,
     ) -> None:
         """Without a speculator every step brings one token per sequence."""
         self._runner = runner
         self._speculator = speculator
+        self._capture = capture
         self._reports = None if speculator is None else PacedReport(speculator.report)
         self._scheduler = scheduler
         self._kv_root = kv_root
@@ -142,6 +145,7 @@ class Engine:
         """Whether `step` would do something right now."""
         return (
             bool(self._events)
+            or (self._capture is not None and self._capture.has_samples)
             or any(
                 s.num_remaining > 0 or not s.request.num_unsaved for s in self._scheduler.running
             )
@@ -160,10 +164,13 @@ class Engine:
         self._settle_leaders(now_s)
         plan = self._scheduler.plan(self._exchange.reclaim, self._speculator)
         if plan is not None:
+            if self._capture is not None:
+                plan = self._capture.choose(plan)
             self._run(plan, now_s)
             self._settle_leaders(now_s)
         self._events += self._exchange.write_saves(self._monotonic())
         self._settle_leaders(now_s)
+        self._events += self._learnings()
         events, self._events = self._events, []
         return events
 
@@ -256,6 +263,8 @@ class Engine:
         advanced, failed = self._scheduler.commit(plan, result)
         if self._speculator is not None:
             self._speculator.observe(plan, result, advanced)
+        if self._capture is not None:
+            self._capture.observe(plan, result, advanced)
         if failed:
             self._fail({s.id for s in failed}, "nan-logits", "the model's numbers are not finite")
         chunks: dict[str, list[TokenChunk]] = {}
@@ -295,6 +304,13 @@ class Engine:
             draft_version=self._speculator.version if self._speculator and num_drafted else "",
         )
 
+    def _learnings(self) -> list[EngineEvent]:
+        """Return what there is to train with since the last step."""
+        if self._capture is None or not self._capture.has_samples:
+            return []
+        samples, capture_s = self._capture.take()
+        return [LearningsEvent(samples, capture_s=capture_s)]
+
     def _report(self, request: Request, chunks: tuple[TokenChunk, ...]) -> None:
         """Tell the host about a request; forget one that is over."""
         event = step_report(request, chunks)
@@ -310,6 +326,8 @@ class Engine:
         self._events += self._exchange.lookups.forget(sequence)
         if self._speculator is not None:
             self._speculator.forget(sequence.id)
+        if self._capture is not None:
+            self._capture.forget(sequence)
         self._scheduler.finish(sequence, reason)
 
     def _fail(self, sequence_ids: set[int], reason: str, message: str) -> None:
@@ -330,4 +348,6 @@ class Engine:
             token_ids=list(request.spec.prompt_token_ids),
         )
         request.sequences.append(sequence)
+        if self._capture is not None:
+            self._capture.admit(sequence)
         return sequence

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from paceline.domain.learnings import Sample, SequenceOutcome
 from paceline.domain.request import TokenChunk
 from paceline.engine.ports import StoredBlock
 from paceline.engine.spec.report import SpeculationReport
@@ -61,7 +62,17 @@ class FailedEvent:
     message: str
 
 
-EngineEvent = OutputEvent | LookupEvent | LoadedEvent | SavedEvent | FailedEvent
+@dataclass(frozen=True, slots=True)
+class LearningsEvent:
+    """What drafts can be trained and judged with; at most one a step."""
+
+    samples: tuple[Sample, ...] = ()
+    outcomes: tuple[SequenceOutcome, ...] = ()
+    capture_s: float = 0.0
+    """Spent on capturing since the last event."""
+
+
+EngineEvent = OutputEvent | LookupEvent | LoadedEvent | SavedEvent | FailedEvent | LearningsEvent
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,6 +50,13 @@ class EngineOptions:
     verifier: str = "coupled"
     """"coupled": output is token for token that without speculation. "rejection": equal in
     distribution only, for requests without a seed; those with one stay coupled."""
+    capture_share: float = 0.0
+    """Share of the time of steps that may go into capturing samples to train drafts with; 0
+    captures nothing."""
+    capture_top: int = 32
+    """Tokens named of each captured distribution; no more than the vocabulary has."""
+    capture_hidden: bool = False
+    """Capture final hidden states, too."""
 
     def to_json(self) -> str:
         """Return one line of JSON."""

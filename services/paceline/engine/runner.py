@@ -11,6 +11,7 @@ import math
 import mmap
 import time
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from paceline.engine.blocks import BlockPool
 from paceline.engine.drawing import draw
 from paceline.engine.kernels import AttentionBatch, move_kv
 from paceline.engine.models.load import Model
+from paceline.engine.recording import record
 from paceline.engine.spec.lent_target import LentTarget
 from paceline.engine.spec.tree import ROOT, DraftTree
 from paceline.engine.step import NOTHING, Row, RowResult, StepPlan, StepResult
@@ -75,6 +77,7 @@ class Runner:
         Rows whose numbers are not finite are named in the result; they do not touch others.
         """
         started = time.perf_counter()
+        capture_s = 0.0
         for source, destination in plan.page_copies:
             self._kv_PL2KTD[destination].copy_(self._kv_PL2KTD[source])
         results = [NOTHING] * len(plan.rows)
@@ -91,7 +94,12 @@ class Runner:
                 self._settle(plan.rows, results)
                 if plan.wanted.hidden:
                     results = self._with_hidden(plan.rows, results, x_NE)
-        return StepResult(tuple(results), time.perf_counter() - started, frozenset(failed))
+                if plan.captured.sequence_ids:
+                    begun = time.perf_counter()
+                    results = record(plan, results, logits_MV, partial(self._model.hidden, x_NE))
+                    capture_s = time.perf_counter() - begun
+        elapsed_s = time.perf_counter() - started
+        return StepResult(tuple(results), elapsed_s, frozenset(failed), capture_s)
 
     @torch.inference_mode()
     def logits(self, plan: StepPlan) -> torch.Tensor:

@@ -59,6 +59,21 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
+class CaptureNeeds:
+    """What is recorded of a step's rows, to train drafts with."""
+
+    sequence_ids: frozenset[int] = frozenset()
+    """Whose rows; all of them are drawn from."""
+    top: int = 0
+    """How many of the likeliest tokens are named at each place."""
+    hidden: bool = False
+    """Whether final hidden states are recorded, too."""
+
+
+NO_CAPTURE = CaptureNeeds()
+
+
+@dataclass(frozen=True, slots=True)
 class StepPlan:
     """One iteration: page copies first, then all rows in one pass."""
 
@@ -67,6 +82,7 @@ class StepPlan:
     """(source, destination) pages; each destination belongs to one of the rows."""
     wanted: DrafterNeeds = NO_NEEDS
     """What drafters want to be told about the rows that are drawn from."""
+    captured: CaptureNeeds = NO_CAPTURE
 
     @property
     def num_tokens(self) -> int:
@@ -83,6 +99,29 @@ class SampledToken:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Captured:
+    """The distributions that a row's tokens were drawn from; arrays as in a `Sample`."""
+
+    num_tokens: int
+    """N, as many as the row brought."""
+    top_ids: bytes
+    """int32 [N][K]"""
+    top_probs: bytes
+    """float16 [N][K]"""
+    tail_mass: bytes
+    """float16 [N]"""
+    hidden: bytes = b""
+    """float16 [N][E], if wanted."""
+
+    def first(self, count: int) -> Captured:
+        """Return those of the first `count` tokens."""
+        if count == self.num_tokens:
+            return self
+        arrays = (self.top_ids, self.top_probs, self.tail_mass, self.hidden)
+        return Captured(count, *[x[: len(x) // self.num_tokens * count] for x in arrays])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class RowResult:
     """What a row brought; nothing where it was not drawn from."""
 
@@ -94,6 +133,8 @@ class RowResult:
     """Likeliest next tokens at the row's last token and at every node, if wanted."""
     hidden_E: torch.Tensor | None = None
     """Final hidden state behind which the last token was drawn, if wanted."""
+    captured: Captured | None = None
+    """Set where the plan asks for it and the row brought tokens."""
 
 
 NOTHING = RowResult()
@@ -107,3 +148,5 @@ class StepResult:
     elapsed_s: float
     failed_rows: frozenset[int] = frozenset()
     """Positions of rows whose numbers are not finite; what they computed must not be used."""
+    capture_s: float = 0.0
+    """Part of the time that recording for `captured` took."""

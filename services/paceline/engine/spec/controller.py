@@ -55,6 +55,7 @@ class RowView:
 
     sequence_id: int
     domain: str
+    """Tenant and label of the traffic that it is like."""
     mode: str
     """"AUTO", or the name of the one arm to use."""
     depth: int

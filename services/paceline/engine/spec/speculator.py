@@ -175,7 +175,8 @@ class Speculator:
             self._parts.max_context_tokens - len(sequence.token_ids),
         )
         # The token behind a path is the target's own.
-        return RowView(sequence.id, spec.cache_salt.hex(), spec.speculation, left - 1)
+        domain = f"{spec.cache_salt.hex()}/{spec.domain}"
+        return RowView(sequence.id, domain, spec.speculation, left - 1)
 
     def _context(self, sequence: Sequence) -> DraftContext:
         context = self._contexts.get(sequence.id)
