@@ -42,6 +42,8 @@ class GenerateOptions:
     logprobs: int | None = None
     ignore_eos: bool = False
     speculation: str = ""
+    domain: str = ""
+    allow_training: bool | None = None
 
 
 def build_request(options: GenerateOptions) -> inference_pb2.GenerateRequest:
@@ -65,6 +67,8 @@ def build_request(options: GenerateOptions) -> inference_pb2.GenerateRequest:
             n=options.n,
             logprobs=options.logprobs or 0,
             ignore_eos=options.ignore_eos,
+            domain=options.domain,
+            allow_training=options.allow_training,
         )
         if options.speculation:
             request.speculation.mode = options.speculation
@@ -106,6 +110,12 @@ def generate(
     speculation: Annotated[
         str, typer.Option(help="AUTO, OFF or the name of a drafter.", rich_help_panel=_SAMPLING)
     ] = "",
+    domain: Annotated[
+        str, typer.Option(help="Label of this kind of traffic, by which drafts learn.")
+    ] = "",
+    no_training: Annotated[
+        bool, typer.Option("--no-training", help="Keep this request from training drafts.")
+    ] = False,
     api_key: Annotated[
         str | None, typer.Option(envvar="PACELINE_API_KEY", show_envvar=True)
     ] = None,
@@ -135,6 +145,8 @@ def generate(
                 logprobs=logprobs,
                 ignore_eos=ignore_eos,
                 speculation=speculation,
+                domain=domain,
+                allow_training=False if no_training else None,
             )
         )
         if isinstance(sys.stdout, io.TextIOWrapper):

@@ -2,10 +2,13 @@
 
 The file maps keys to tenants; each key stands there once:
 
-    {"the-key": {"tenant": "acme", "models": ["demo"], "expires": "2027-01-31T00:00:00+00:00"}}
+    {"the-key": {"tenant": "acme", "models": ["demo"], "expires": "2027-01-31T00:00:00+00:00",
+                 "allow_training": false}}
 
 A key may be written as "sha256:<hex digest>". `models` (optional) limits what the tenant may
-name, `expires` (optional) is when the key ends. Without a file everybody is the tenant "".
+name, `expires` (optional) is when the key ends. `allow_training` false (optional) keeps the
+tenant's text from training drafts, whatever its requests say: of several keys of a tenant one
+suffices. Without a file everybody is the tenant "".
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
@@ -21,7 +24,7 @@ from typing import Any
 
 from paceline.domain.errors import PermissionDeniedError, UnauthenticatedError
 
-_KNOWN_FIELDS = {"tenant", "models", "expires"}
+_KNOWN_FIELDS = {"tenant", "models", "expires", "allow_training"}
 _SCHEME = "bearer "
 _DIGEST_PREFIX = "sha256:"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -35,6 +38,8 @@ class Tenant:
     models: frozenset[str] | None = None
     """None: every model."""
     expires: datetime | None = None
+    allow_training: bool = True
+    """Whether drafts may be trained with its text, unless a request forbids it."""
 
     def check_model(self, model: str) -> None:
         """Refuse a model outside the tenant's list, whether or not it exists.
@@ -73,7 +78,13 @@ class Authenticator:
             if digest in tenants:
                 raise ValueError(f"{where}: has the key of an earlier entry")
             tenants[digest] = _tenant(where, value)
-        return cls(tenants)
+        private = {tenant.name for tenant in tenants.values() if not tenant.allow_training}
+        return cls(
+            {
+                digest: replace(tenant, allow_training=tenant.name not in private)
+                for digest, tenant in tenants.items()
+            }
+        )
 
     def tenant(self, metadata: Iterable[tuple[str, Any]]) -> Tenant:
         """Return the tenant of a call by its `authorization: Bearer KEY` metadata.
@@ -121,8 +132,11 @@ def _tenant(where: str, value: Any) -> Tenant:
         type(models) is list and all(isinstance(model, str) for model in models)
     ):
         raise ValueError(f"{where}: models is not a list of names")
+    allow_training = fields.get("allow_training", True)
+    if type(allow_training) is not bool:
+        raise ValueError(f"{where}: allow_training is neither true nor false")
     allowed = None if models is None else frozenset(models)
-    return Tenant(name, allowed, _moment(where, expires))
+    return Tenant(name, allowed, _moment(where, expires), allow_training)
 
 
 def _moment(where: str, text: Any) -> datetime | None:

@@ -39,6 +39,8 @@ class RequestContext:
     """Monotonic time by which the call must end."""
     tenant: str = ""
     """authenticate"""
+    may_train: bool = True
+    """authenticate: whether the tenant lets its text train drafts"""
     model: ModelCard | None = None
     """validate: what the fleet serves under the requested name"""
     spec: GenerationSpec | None = None

@@ -73,7 +73,7 @@ class Pipeline:
         Raises:
             PacelineError: why it could not be answered, or not to its end.
         """
-        ctx.tenant = tenant.name
+        ctx.tenant, ctx.may_train = tenant.name, tenant.allow_training
         with _logged(ctx), self.admission.admit(tenant.name, ctx.request_id):
             check_request(ctx.request, self._limits)
             ctx.model = await self.model(ctx.request.model, tenant, ctx.remaining_s())

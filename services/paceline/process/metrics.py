@@ -46,6 +46,7 @@ class Metrics:
         self._declare_gateway()
         self._declare_worker()
         self._declare_speculation()
+        self._declare_capture()
         self._declare_kv_node()
 
     def watch_loop(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -136,6 +137,17 @@ class Metrics:
             "speculation_state_nodes",
             "Entries in what a drafter keeps for all sequences",
             "drafter",
+        )
+
+    def _declare_capture(self) -> None:
+        self.capture_samples = self._counter("capture_samples", "Samples captured for training")
+        self.capture_tokens = self._counter("capture_tokens", "Tokens captured, without context")
+        self.capture_dropped = self._counter(
+            "capture_dropped", "Captured samples that did not reach the stream", "reason"
+        )
+        self.capture_dropped.labels("backlog")
+        self.capture_seconds = self._counter(
+            "capture_seconds", "Time that capturing took the engine"
         )
 
     def _declare_kv_node(self) -> None:

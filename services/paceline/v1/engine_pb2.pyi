@@ -345,9 +345,11 @@ class StagedDraft(_message.Message):
     def __init__(self, drafter: _Optional[str] = ..., version: _Optional[str] = ..., directory: _Optional[str] = ..., share: _Optional[float] = ...) -> None: ...
 
 class Learnings(_message.Message):
-    __slots__ = ("samples", "outcomes")
+    __slots__ = ("samples", "outcomes", "capture_s")
     SAMPLES_FIELD_NUMBER: _ClassVar[int]
     OUTCOMES_FIELD_NUMBER: _ClassVar[int]
+    CAPTURE_S_FIELD_NUMBER: _ClassVar[int]
     samples: _containers.RepeatedCompositeFieldContainer[_samples_pb2.Sample]
     outcomes: _containers.RepeatedCompositeFieldContainer[_samples_pb2.SequenceOutcome]
-    def __init__(self, samples: _Optional[_Iterable[_Union[_samples_pb2.Sample, _Mapping]]] = ..., outcomes: _Optional[_Iterable[_Union[_samples_pb2.SequenceOutcome, _Mapping]]] = ...) -> None: ...
+    capture_s: float
+    def __init__(self, samples: _Optional[_Iterable[_Union[_samples_pb2.Sample, _Mapping]]] = ..., outcomes: _Optional[_Iterable[_Union[_samples_pb2.SequenceOutcome, _Mapping]]] = ..., capture_s: _Optional[float] = ...) -> None: ...

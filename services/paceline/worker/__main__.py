@@ -24,12 +24,14 @@ from paceline.process.lifecycle import Tasks, exit_with_parent, stop_event
 from paceline.process.logs import setup_logging
 from paceline.process.membership import Heartbeat, Membership
 from paceline.process.metrics import Metrics, serve_metrics
+from paceline.process.sample_stream import SampleStream
 from paceline.rpc.codec import step_cost_from_proto
 from paceline.rpc.server import GrpcServer, create_server
 from paceline.v1 import engine_pb2, worker_pb2_grpc
 from paceline.worker.admin import WorkerServicer
 from paceline.worker.bridge import EngineBridge
 from paceline.worker.kv_link import KvLink
+from paceline.worker.samples import SamplePublisher
 from paceline.worker.settings import WorkerSettings
 
 logger = logging.getLogger("paceline.worker")
@@ -67,6 +69,11 @@ async def serve(settings: WorkerSettings) -> int:
         link = KvLink(bridge, _layout(ready), worker_id(settings), find_node, metrics, tasks)
         if settings.kv_node:
             tasks.spawn(link.run(), "kv-link", is_vital=True)
+        stream = SampleStream(settings.redis_url, settings.fleet, ready.model_digest)
+        stack.push_async_callback(stream.close)
+        publisher = SamplePublisher(stream, metrics)
+        bridge.on_learnings = lambda samples, outcomes: publisher.push(samples)
+        tasks.spawn(publisher.run(), "samples")
         server = _server(settings, bridge, metrics)
         exposed = serve_metrics(metrics, settings.host, settings.metrics_port)
         stack.callback(exposed.close)

@@ -23,12 +23,13 @@ from paceline.domain.errors import (
     PacelineError,
     UnavailableError,
 )
+from paceline.domain.learnings import Sample, SequenceOutcome
 from paceline.domain.member import Load
 from paceline.domain.progress import RequestUpdate
 from paceline.domain.request import GenerationSpec
 from paceline.process.logs import request_id_var
 from paceline.process.metrics import Metrics
-from paceline.rpc import codec
+from paceline.rpc import codec, draft_codec
 from paceline.rpc.frames import FrameReader, encode
 from paceline.v1 import engine_pb2
 from paceline.worker.speculation import SpeculationMetrics, report_from_proto
@@ -76,6 +77,10 @@ class EngineBridge:
         """Version of the engine's draft model; empty without one."""
         self.on_kv_event: Callable[[engine_pb2.EngineEvent], None] = lambda event: None
         """Receives lookup, loaded and saved events; set by KvLink."""
+        self.on_learnings: Callable[[Sequence[Sample], Sequence[SequenceOutcome]], None] = (
+            lambda samples, outcomes: None
+        )
+        """Receives what drafts can be trained and judged with."""
         self.on_finished: Callable[[RequestStream], None] = RequestStream.finish
         """Ends the stream of a finished request; KvLink waits for its commits first."""
 
@@ -292,6 +297,12 @@ class EngineBridge:
                 self._handle_step(event.step)
             case "kv_lookup" | "kv_loaded" | "kv_saved":
                 self.on_kv_event(event)
+            case "learnings":
+                self._metrics.capture_seconds.inc(event.learnings.capture_s)
+                self.on_learnings(
+                    [draft_codec.sample_from_proto(each) for each in event.learnings.samples],
+                    [draft_codec.outcome_from_proto(each) for each in event.learnings.outcomes],
+                )
             case "failed":
                 stream = self._streams.get(event.failed.request_id)
                 if stream is not None:

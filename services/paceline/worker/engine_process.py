@@ -26,6 +26,7 @@ from paceline.engine.events import (
     EngineEvent,
     EngineLoad,
     FailedEvent,
+    LearningsEvent,
     LoadedEvent,
     LookupEvent,
     OutputEvent,
@@ -37,7 +38,7 @@ from paceline.engine.spec.report import REPORT_PERIOD_S, SpeculationReport
 from paceline.kvstore.arena import ArenaView
 from paceline.process.lifecycle import die_with_parent
 from paceline.process.logs import setup_logging
-from paceline.rpc import codec
+from paceline.rpc import codec, draft_codec
 from paceline.rpc.frames import ConnectionClosedError, FrameSocket
 from paceline.v1 import engine_pb2, kvstore_pb2
 from paceline.worker.speculation import report_to_proto
@@ -190,6 +191,8 @@ class EngineLoop:
                         request_id=event.request_id, reason=event.reason, message=event.message
                     )
                     self._sock.send(engine_pb2.EngineEvent(failed=failed))
+                case LearningsEvent():
+                    self._sock.send(engine_pb2.EngineEvent(learnings=_learnings(event)))
         load = self._engine.load()
         # The step's duration alone is no news.
         comparable = replace(load, last_step_s=0.0, speculation=None)
@@ -254,6 +257,14 @@ def _output(event: OutputEvent) -> engine_pb2.RequestOutput:
         store_hit_tokens=event.store_hit_tokens,
         computed_tokens=event.computed_tokens,
         is_finished=event.is_finished,
+    )
+
+
+def _learnings(event: LearningsEvent) -> engine_pb2.Learnings:
+    return engine_pb2.Learnings(
+        samples=[draft_codec.sample_to_proto(sample) for sample in event.samples],
+        outcomes=[draft_codec.outcome_to_proto(outcome) for outcome in event.outcomes],
+        capture_s=event.capture_s,
     )
 
 

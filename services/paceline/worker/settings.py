@@ -65,6 +65,14 @@ class WorkerSettings(ServiceSettings):
     verifier: Literal["coupled", "rejection"] = "coupled"
     """`coupled`: tokens are those that come without speculation. `rejection`: equal in
     distribution only, for requests without a seed; those with one stay coupled."""
+    capture_share: float = Field(default=0.005, ge=0, le=0.5)
+    """Share of the time of steps that may go into capturing samples for the trainer; 0 captures
+    nothing. Prefill workers never capture, and no worker a request that forbids it."""
+    capture_top: int = Field(default=32, ge=1, le=1024)
+    """Tokens named of each captured distribution; 6 bytes each."""
+    capture_hidden: bool = False
+    """Capture final hidden states, too: 2 bytes per token and hidden size, for drafts that are
+    trained on them."""
     engine_stall_s: float = Field(default=30.0, gt=0)
     """Seconds without a sign of life after which the engine counts as hung and the worker
     ends; never below the time of ten predicted full steps."""
@@ -94,6 +102,9 @@ class WorkerSettings(ServiceSettings):
             draft_depth=self.draft_depth,
             draft_builder=self.draft_builder,
             verifier=self.verifier,
+            capture_share=0.0 if self.role == Role.PREFILL.value else self.capture_share,
+            capture_top=self.capture_top,
+            capture_hidden=self.capture_hidden,
         )
 
 

@@ -74,6 +74,9 @@ class TokeniseStep:
             priority=request.priority,
             speculation=request.speculation.mode or "AUTO",
             is_seed_drawn=is_seed_drawn,
+            domain=request.domain,
+            allow_training=ctx.may_train
+            and (request.allow_training or not request.HasField("allow_training")),
         )
         ctx.outputs = [Output(index) for index in range(ctx.spec.n)]
 

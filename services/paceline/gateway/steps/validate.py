@@ -21,6 +21,7 @@ MAX_LOGPROBS = 20
 MAX_MESSAGES = 4096
 MAX_ROLE_CHARS = 64
 MAX_ID_CHARS = 128
+MAX_DOMAIN_CHARS = 64
 SPECULATION_MODES = ("AUTO", "OFF")
 """Beside the names of drafters; unset means the first."""
 
@@ -46,6 +47,7 @@ def check_request(request: inference_pb2.GenerateRequest, limits: Limits) -> Non
     _in_range("logprobs", request.logprobs, 0, MAX_LOGPROBS)
     _in_range("priority", request.priority, -100, 100)
     check_request_id(request.request_id)
+    _check_domain(request.domain)
     constraint = request.WhichOneof("constraint")
     if constraint is not None:
         raise InvalidRequestError(
@@ -154,6 +156,14 @@ def _check_sampling(sampling: inference_pb2.SamplingParams) -> None:
         _in_range("sampling.repetition_penalty", value, 0.0, 100.0, is_above=True)
     _in_range("sampling.presence_penalty", sampling.presence_penalty, -100.0, 100.0)
     _in_range("sampling.frequency_penalty", sampling.frequency_penalty, -100.0, 100.0)
+
+
+def _check_domain(domain: str) -> None:
+    if len(domain) > MAX_DOMAIN_CHARS or not domain.isprintable():
+        raise InvalidRequestError(
+            "domain",
+            f"{len(domain)} characters, at most {MAX_DOMAIN_CHARS} printable ones may be given",
+        )
 
 
 def _check_ending(request: inference_pb2.GenerateRequest) -> None:
