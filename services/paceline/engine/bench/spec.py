@@ -176,6 +176,7 @@ def _requests(
             ignore_eos=options.ignore_eos,
             speculation=mode,
             is_seed_drawn=options.verifier == "rejection",
+            domain=prompt.domain,
         )
 
 
