@@ -109,6 +109,8 @@ def test_no_key_is_not_the_empty_key(tmp_path: Path) -> None:
         '{"secret": {"tenant": "a", "expires": "soon"}}',
         '{"secret": {"tenant": "a", "expires": 5}}',
         '{"secret": {"tenant": "a", "expires": "2030-01-01T00:00:00"}}',
+        '{"secret": {"tenant": "a", "allow_training": "no"}}',
+        '{"secret": {"tenant": "a", "allow_training": 0}}',
         '{"": {"tenant": "a"}}',
         '{"sha256:": {"tenant": "a"}}',
         '{"sha256:secret": {"tenant": "a"}}',

@@ -6,6 +6,7 @@ import asyncio
 import random
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -65,6 +66,32 @@ async def test_workers_get_what_the_client_asked_for(redis: RedisServer) -> None
         assert (spec.max_tokens, spec.n, spec.logprobs) == (8, 2, 3)
         assert (spec.ignore_eos, spec.priority) == (True, -7)
         assert list(spec.stop_token_ids) == [3, 9]
+
+
+async def test_training_is_allowed_unless_the_request_forbids_it(redis: RedisServer) -> None:
+    async with Stack(redis.url) as stack:
+        await stack.add()
+        for wish, allowed in ((None, True), (True, True), (False, False)):
+            spec = await spec_of(stack, request_for(domain="code", allow_training=wish))
+            assert (spec.allow_training, spec.domain) == (allowed, "code")
+
+
+async def test_a_tenants_policy_wins_over_its_requests(redis: RedisServer, tmp_path: Path) -> None:
+    keys = tmp_path / "keys.json"
+    keys.write_text(
+        '{"open": {"tenant": "a", "allow_training": true}, "plain": {"tenant": "b"},'
+        ' "closed": {"tenant": "c", "allow_training": false}, "same": {"tenant": "c"}}'
+    )
+    async with Stack(redis.url, api_keys=keys) as stack:
+        worker = await stack.add()
+        for key, allowed in (("open", True), ("plain", True), ("closed", False), ("same", False)):
+            for wish in (None, True, False):
+                request = request_for(allow_training=wish)
+                metadata = [("authorization", f"Bearer {key}")]
+                async for _ in stack.stub.Generate(request, timeout=20, metadata=metadata):
+                    pass
+                spec = worker.decode_calls[-1].spec
+                assert spec.allow_training == (allowed and wish is not False)
 
 
 async def test_a_seed_of_zero_is_a_seed(redis: RedisServer) -> None:

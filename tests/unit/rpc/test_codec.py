@@ -46,6 +46,8 @@ SPECS = st.builds(
     priority=st.integers(-(2**31), 2**31 - 1),
     speculation=st.text(min_size=1),
     is_seed_drawn=st.booleans(),
+    domain=st.text(),
+    allow_training=st.booleans(),
 )
 LOGPROBS = st.builds(
     TokenLogprobs,

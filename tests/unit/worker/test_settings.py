@@ -15,12 +15,13 @@ def options(*flags: str, model: Path | str = "m") -> EngineOptions:
 
 
 def test_defaults_are_those_of_the_engine() -> None:
-    assert options("--role", "decode") == EngineOptions(model="m")
+    assert options("--role", "decode") == EngineOptions(model="m", capture_share=0.005)
 
 
 def test_flags_reach_the_engine_and_its_process() -> None:
     flags = "--drafters trie,medusa --draft d --medusa h --draft-nodes 7 --draft-depth 3"
     flags += " --draft-builder rsd-s --verifier rejection"
+    flags += " --capture-share 0.25 --capture-top 8 --capture-hidden true"
     wanted = EngineOptions(
         model="m",
         drafters=("trie", "medusa"),
@@ -30,6 +31,9 @@ def test_flags_reach_the_engine_and_its_process() -> None:
         draft_depth=3,
         draft_builder="rsd-s",
         verifier="rejection",
+        capture_share=0.25,
+        capture_top=8,
+        capture_hidden=True,
     )
     assert options(*flags.split()) == wanted
     assert EngineOptions.from_json(wanted.to_json()) == wanted
@@ -74,3 +78,7 @@ def test_what_is_out_of_range_is_refused(
         options(flag, value)
     assert exited.value.code == 2
     assert flag.removeprefix("--").replace("-", "_") in capsys.readouterr().err
+
+
+def test_prefill_workers_never_capture() -> None:
+    assert options("--role", "prefill", "--capture-share", "0.2").capture_share == 0.0

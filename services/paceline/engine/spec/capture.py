@@ -53,20 +53,21 @@ class Counts:
     """Windows begun."""
 
 
-def need(domain: Counts, sequence: Counts) -> float:
-    """Return how much a sample of a sequence is wanted: the share of refusals per sample held.
+def need(domain: Counts, sequence: Counts) -> tuple[float, float]:
+    """Return how much samples of a domain are wanted, and in it those of one of its sequences.
 
         refused(domain)    (refused + 1) / (tried + 2)
         refused(sequence)  (refused + 16 refused(domain)) / (tried + 16)
-        need               refused(sequence) / ((1 + domain's samples) (1 + its own samples))
+        need               refused / (1 + samples), of each
 
-    So domains are sampled in proportion to how often their drafts are refused, whatever their
-    share of the traffic; within a domain the sequences that are drafted worst come first.
+    The largest is served first, domains before sequences. So domains are sampled in proportion to
+    how often their drafts are refused, whatever their share of the traffic, and within a domain
+    sequences likewise.
     """
     expected = (domain.tried - domain.accepted + 1) / (domain.tried + 2)
     refused = sequence.tried - sequence.accepted + _PRIOR_TOKENS * expected
-    share = refused / (sequence.tried + _PRIOR_TOKENS)
-    return share / ((1 + domain.samples) * (1 + sequence.samples))
+    own = refused / (sequence.tried + _PRIOR_TOKENS)
+    return expected / (1 + domain.samples), own / (1 + sequence.samples)
 
 
 @dataclass(slots=True, eq=False)
@@ -244,7 +245,7 @@ class Capture:
     def _start(self, plan: StepPlan) -> None:
         """Begin a window for the sequence that is wanted most, if there is one."""
         best: _Known | None = None
-        most = 0.0
+        most = (0.0, 0.0)
         for row in plan.rows:
             known = self._known.get(row.sequence_id)
             if row.sample is None or known is None or known.window is not None:

@@ -1,4 +1,4 @@
-"""Who is captured, how much, and at what cost; driven without an engine, with a clock that stands."""
+"""Who is captured, how much, and at what cost; without an engine, and with a clock that stands."""
 
 from __future__ import annotations
 
@@ -133,16 +133,16 @@ def chain(length: int) -> DraftTree:
 
 def test_the_allowance_bounds_the_cost_over_time() -> None:
     rig = Rig(share=0.005)
-    for _ in range(8):
+    for _ in range(3):
         rig.add()
     window_s = WINDOW_TOKENS * ROW_S
-    for _ in range(20_000):
+    for _ in range(12_000):
         rig.step()
         # The first window tells what one costs; all others are paid for when they begin.
         assert rig.spent_s <= 0.005 * rig.steps_s * 1.001 + window_s
     assert rig.spent_s > 0.9 * 0.005 * rig.steps_s
     assert max(rig.num_recorded) <= 4
-    assert len(rig.samples) > 20
+    assert len(rig.samples) > 10
 
 
 def test_time_that_nobody_could_use_is_not_saved_up_for_long() -> None:
@@ -263,7 +263,7 @@ def test_siblings_that_were_refused_make_a_correction() -> None:
 
 
 def test_domains_are_sampled_as_their_drafts_are_refused() -> None:
-    rig = Rig(share=0.2)
+    rig = Rig(share=0.02)
     # Three sequences that draft well to one that drafts badly.
     for domain in ("well", "well", "well", "badly"):
         rig.add(domain)
@@ -272,8 +272,8 @@ def test_domains_are_sampled_as_their_drafts_are_refused() -> None:
         wrong = {s.id: (chain(2), ()) for s in rig.sequences.values()}
         rig.step({id_: (wrong if id_ == 4 or i % 4 == 0 else right)[id_] for id_ in right})
     num = {d: sum(s.domain == d for s in rig.samples) for d in ("well", "badly")}
-    # Tried: 4 of 4 refused against 1 of 7 (two positions in each good round).
-    assert num["badly"] > 2 * num["well"] > 0
+    # All that was tried was refused, against one position in seven.
+    assert 4 * num["well"] < num["badly"] < 9 * num["well"]
 
 
 def test_a_row_that_is_not_drawn_from_is_not_recorded() -> None:
@@ -309,8 +309,9 @@ COUNTS = st.builds(
 @given(COUNTS, COUNTS)
 def test_need_falls_with_samples_and_rises_with_refusals(domain: Counts, own: Counts) -> None:
     value = need(domain, own)
-    assert 0 < value < 1.0000001
-    assert need(replace(domain, samples=domain.samples + 1), own) < value
+    assert all(0 < part <= 1 for part in value)
+    # Domains come first: more samples of one outweigh whatever its sequences are like.
+    assert need(replace(domain, samples=domain.samples + 1), Counts(5, 0)) < value
     assert need(domain, replace(own, samples=own.samples + 1)) < value
     if own.accepted:
         assert need(domain, replace(own, accepted=own.accepted - 1)) > value
