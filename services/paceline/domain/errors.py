@@ -6,6 +6,7 @@ PacelineError
 ├── PermissionDeniedError    known caller, not allowed
 ├── NotFoundError            no such model
 ├── AlreadyExistsError       a running request has this id
+├── PreconditionError        not as things stand; the same call may succeed once they changed
 ├── ExhaustedError           a queue or quota is full; says when to retry
 ├── UnavailableError         nobody can serve it now; retryable
 ├── DeadlineError            the deadline passed or cannot be met
@@ -64,6 +65,12 @@ class AlreadyExistsError(PacelineError):
     """A running request has this id."""
 
     reason = "duplicate-request-id"
+
+
+class PreconditionError(PacelineError):
+    """Something about this side must change first; trying again alone does not help."""
+
+    reason = "failed-precondition"
 
 
 class ExhaustedError(PacelineError):

@@ -14,13 +14,7 @@ from typing import Any
 
 import torch
 
-from paceline.domain.errors import PacelineError
-
-
-class UnsupportedModelError(PacelineError):
-    """The checkpoint cannot be served; the message names the key and its value."""
-
-    reason = "unsupported-model"
+from paceline.engine.checkpoint_files import UnsupportedModelError as UnsupportedModelError
 
 
 @dataclass(frozen=True, slots=True)
