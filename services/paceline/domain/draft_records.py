@@ -1,4 +1,4 @@
-"""What a draft registry knows of its versions: where they came from, how they did, what was decided.
+"""What a draft registry knows of its versions: origin, scores, and what was decided.
 
 trainer/registry.py keeps them, rpc/record_codec.py carries them to operators.
 """

@@ -11,6 +11,7 @@ PacelineError
 ├── UnavailableError         nobody can serve it now; retryable
 ├── DeadlineError            the deadline passed or cannot be met
 ├── RequestCancelledError    ended by the caller
+├── CorruptDraftError        bytes of a draft are not those that its digest names
 ├── UnimplementedError       known to the contract, not offered by this build
 └── InternalError            a bug of ours; the text never reaches a client
 
@@ -107,6 +108,12 @@ class RequestCancelledError(PacelineError):
     """The caller ended the request."""
 
     reason = "cancelled"
+
+
+class CorruptDraftError(PacelineError):
+    """The bytes of a draft are not those that its digest names."""
+
+    reason = "corrupt-draft"
 
 
 class UnimplementedError(PacelineError):

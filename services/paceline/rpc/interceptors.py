@@ -26,6 +26,7 @@ from grpc_status import rpc_status
 
 from paceline.domain.errors import (
     AlreadyExistsError,
+    CorruptDraftError,
     DeadlineError,
     ExhaustedError,
     InternalError,
@@ -68,6 +69,7 @@ CODES: tuple[tuple[type[PacelineError], int], ...] = (
     (UnavailableError, code_pb2.UNAVAILABLE),
     (DeadlineError, code_pb2.DEADLINE_EXCEEDED),
     (RequestCancelledError, code_pb2.CANCELLED),
+    (CorruptDraftError, code_pb2.DATA_LOSS),
     (UnimplementedError, code_pb2.UNIMPLEMENTED),
     (InternalError, code_pb2.INTERNAL),
 )

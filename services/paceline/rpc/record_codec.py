@@ -13,7 +13,7 @@ _STAGES = {
     DraftStage.RETIRED: drafts_pb2.DRAFT_STAGE_RETIRED,
     DraftStage.ROLLED_BACK: drafts_pb2.DRAFT_STAGE_ROLLED_BACK,
 }
-_STAGES_BACK = {number: stage for stage, number in _STAGES.items()}
+_STAGES_BACK: dict[int, DraftStage] = {int(number): stage for stage, number in _STAGES.items()}
 
 
 def record_to_proto(record: DraftRecord) -> drafts_pb2.DraftRecord:
