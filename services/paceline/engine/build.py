@@ -12,16 +12,12 @@ import torch
 from paceline import __version__
 from paceline.domain.blocks import chain_root
 from paceline.domain.cost import StepCost
+from paceline.domain.directories import cache_directory
 from paceline.engine import kernels
 from paceline.engine.blocks import BlockPool
 from paceline.engine.chunking import StepPace
 from paceline.engine.cost import MAX_TIMED_CONTEXT, known_step_cost
-from paceline.engine.cost_store import (
-    CostKey,
-    CostStore,
-    cache_directory,
-    processor_fingerprint,
-)
+from paceline.engine.cost_store import CostKey, CostStore, processor_fingerprint
 from paceline.engine.engine import Engine
 from paceline.engine.models.config import ModelConfig, load_model_config
 from paceline.engine.models.deepen import deepen_config

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -93,14 +93,6 @@ class CostStore:
     def _path(self, key: CostKey) -> Path:
         text = json.dumps(asdict(key), sort_keys=True)
         return self._directory / f"{blake3(text.encode()).hexdigest(length=16)}.json"
-
-
-def cache_directory(environ: Mapping[str, str]) -> Path:
-    """Return where this user keeps what can be made again."""
-    if environ.get("PACELINE_CACHE_DIR"):
-        return Path(environ["PACELINE_CACHE_DIR"])
-    base = environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "paceline"
 
 
 def processor_fingerprint() -> str:

@@ -48,6 +48,7 @@ class Metrics:
         self._declare_speculation()
         self._declare_capture()
         self._declare_kv_node()
+        self._declare_draft_link()
 
     def watch_loop(self, loop: asyncio.AbstractEventLoop) -> None:
         """Report the tasks of a loop; counted when scraped, on the scraping thread."""
@@ -191,6 +192,29 @@ class Metrics:
         )
         self.kv_node_failed_pulls = self._counter(
             "kv_node_failed_pulls", "Pulls that did not bring everything"
+        )
+
+    def _declare_draft_link(self) -> None:
+        """Declare what carries drafts and slack between workers and the trainer."""
+        self.trainer_workers = self._gauge("trainer_workers", "Workers that attend")
+        self.trainer_plan_number = self._gauge(
+            "trainer_plan_number", "Changes since the start of what workers are to draft with"
+        )
+        self.trainer_sent_bytes = self._counter("trainer_sent_bytes", "Bytes of drafts sent")
+        self.trainer_link_up = self._gauge("trainer_link_up", "1 while attending at the trainer")
+        self.draft_fetches = self._counter("draft_fetches", "Drafts fetched from the trainer")
+        self.draft_fetched_bytes = self._counter(
+            "draft_fetched_bytes", "Bytes of drafts fetched from the trainer"
+        )
+        self.draft_fetch_failures = self._counter(
+            "draft_fetch_failures", "Fetches that brought no draft that can be used", "reason"
+        )
+        self.draft_swaps = self._counter("draft_swaps", "Changes of what the engine drafts with")
+        self.draft_swap_stall_seconds = self._gauge(
+            "draft_swap_stall_max_seconds", "Longest time that a change kept a step waiting"
+        )
+        self.draft_outcomes_dropped = self._counter(
+            "draft_outcomes_dropped", "Outcomes of sequences that no trainer heard of in time"
         )
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:

@@ -54,6 +54,7 @@ WRITE_TIMEOUT_S = 30.0
 
 _MAX_REQUEST_ID_CHARS = 128
 _HEALTH_PREFIX = "/grpc.health.v1."
+_REFLECTION_PREFIX = "/grpc.reflection."
 
 _DEADLINE_SLACK_S = 0.05
 """A client whose own timer fires first cancels this much before the deadline it sent."""
@@ -135,7 +136,7 @@ class CallGate:
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps unary and response-streaming handlers; request streams pass through."""
+    """Wraps all handlers but those of reflection, whose streams would hold a drain."""
 
     def __init__(self, metrics: Metrics, *, write_timeout_s: float = WRITE_TIMEOUT_S) -> None:
         """Count on `metrics`; end streams whose client reads nothing for `write_timeout_s`."""
@@ -146,7 +147,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
         """Return the handler with our behaviour around it."""
         handler = await continuation(handler_call_details)
-        if handler is None or handler.request_streaming:
+        if handler is None or handler_call_details.method.startswith(_REFLECTION_PREFIX):
             return handler
         call = _Call(
             self._metrics,
@@ -157,13 +158,19 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             self._write_timeout_s,
         )
         # No deserializer here: messages are decoded inside, where a bad one can be answered.
-        if handler.response_streaming:
-            return grpc.unary_stream_rpc_method_handler(
-                call.around_stream(handler.unary_stream), None, handler.response_serializer
-            )
-        return grpc.unary_unary_rpc_method_handler(
-            call.around_unary(handler.unary_unary), None, handler.response_serializer
-        )
+        wrap, method = _WRAPPERS[handler.request_streaming, handler.response_streaming]
+        accept = call.accept_all if handler.request_streaming else call.accept
+        around = call.around_stream if handler.response_streaming else call.around_unary
+        return wrap(around(getattr(handler, method), accept), None, handler.response_serializer)
+
+
+_WRAPPERS: dict[tuple[bool, bool], tuple[Callable[..., Any], str]] = {
+    (False, False): (grpc.unary_unary_rpc_method_handler, "unary_unary"),
+    (False, True): (grpc.unary_stream_rpc_method_handler, "unary_stream"),
+    (True, False): (grpc.stream_unary_rpc_method_handler, "stream_unary"),
+    (True, True): (grpc.stream_stream_rpc_method_handler, "stream_stream"),
+}
+"""By whether request and response stream: what wraps a handler, and its attribute."""
 
 
 class _SlowClientError(Exception):
@@ -190,21 +197,21 @@ class _Call:
         self._write_timeout_s = write_timeout_s
         self._started_s = time.perf_counter()
 
-    def around_unary(self, method: Any) -> Any:
-        """Return a handler of bytes around a unary method."""
+    def around_unary(self, method: Any, accept: Callable[[Any], Any]) -> Any:
+        """Return a handler of bytes around a method that returns its response."""
 
-        async def handle(data: bytes, context: Any) -> Any:
+        async def handle(data: Any, context: Any) -> Any:
             async with self._guard(context):
-                return await method(self._accept(data), context)
+                return await method(accept(data), context)
 
         return handle
 
-    def around_stream(self, method: Any) -> Any:
+    def around_stream(self, method: Any, accept: Callable[[Any], Any]) -> Any:
         """Return a handler of bytes around a method that yields or writes its responses."""
 
-        async def handle(data: bytes, context: Any) -> None:
+        async def handle(data: Any, context: Any) -> None:
             async with self._guard(context):
-                responses = method(self._accept(data), context)
+                responses = method(accept(data), context)
                 if inspect.isawaitable(responses):
                     await responses
                     return
@@ -213,6 +220,28 @@ class _Call:
                         await self._write(context, response)
 
         return handle
+
+    def accept(self, data: bytes) -> Any:
+        """Return the request, if the call may run."""
+        self._gate.check(self._method)
+        return self._decoded(data)
+
+    def accept_all(self, stream: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+        """Return the stream of requests, if the call may run."""
+        self._gate.check(self._method)
+        return self._decoded_all(stream)
+
+    async def _decoded_all(self, stream: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+        async for data in stream:
+            yield self._decoded(data)
+
+    def _decoded(self, data: bytes) -> Any:
+        try:
+            return self._decode(data)
+        except Exception as error:
+            raise InvalidRequestError(
+                "request", "the message cannot be decoded", reason="undecodable-message"
+            ) from error
 
     @asynccontextmanager
     async def _guard(self, context: Any) -> AsyncIterator[None]:
@@ -238,16 +267,6 @@ class _Call:
             await self._abort(context, error)
         else:
             self._count("OK", "")
-
-    def _accept(self, data: bytes) -> Any:
-        """Return the request, if the call may run."""
-        self._gate.check(self._method)
-        try:
-            return self._decode(data)
-        except Exception as error:
-            raise InvalidRequestError(
-                "request", "the message cannot be decoded", reason="undecodable-message"
-            ) from error
 
     async def _write(self, context: Any, response: Any) -> None:
         try:

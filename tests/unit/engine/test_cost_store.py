@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from paceline.domain.cost import StepCost
-from paceline.engine.cost_store import CostKey, CostStore, cache_directory, processor_fingerprint
+from paceline.engine.cost_store import CostKey, CostStore, processor_fingerprint
 from tests.unit.engine.test_cost import KEY, STREAMING
 
 
@@ -98,14 +98,6 @@ def test_one_process_at_a_time_measures(tmp_path: Path) -> None:
         assert store.load(KEY) == STREAMING
     other.join(60)
     assert other.exitcode == 0
-
-
-def test_the_cache_is_where_the_user_wants_it(tmp_path: Path) -> None:
-    home = {"HOME": "/home/someone"}
-    own = {"PACELINE_CACHE_DIR": "/a", "XDG_CACHE_HOME": "/b"}
-    assert cache_directory(own) == Path("/a")
-    assert cache_directory({"XDG_CACHE_HOME": "/b"}) == Path("/b/paceline")
-    assert cache_directory(home) == Path.home() / ".cache" / "paceline"
 
 
 def test_a_processor_has_one_fingerprint() -> None:
