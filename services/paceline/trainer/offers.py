@@ -38,8 +38,8 @@ class Inbox:
         directory.mkdir(mode=0o700, parents=True)
 
     @contextmanager
-    def open(self) -> Iterator[Offer]:
-        """Give room to one offer, for the length of the block.
+    def turn(self) -> Iterator[None]:
+        """Count an offer for the length of the block; on the event loop.
 
         Raises:
             ExhaustedError: others are being taken in.
@@ -47,12 +47,14 @@ class Inbox:
         if self._num_open >= MAX_OFFERS:
             raise ExhaustedError(f"{self._num_open} offers are taken in", reason="too-many-offers")
         self._num_open += 1
-        offer = Offer(Path(tempfile.mkdtemp(dir=self._directory)), self._max_bytes)
         try:
-            yield offer
+            yield
         finally:
             self._num_open -= 1
-            offer.remove()
+
+    def open(self) -> Offer:
+        """Give room to one offer; the caller removes it."""
+        return Offer(Path(tempfile.mkdtemp(dir=self._directory)), self._max_bytes)
 
 
 class Offer:
@@ -114,7 +116,7 @@ class Offer:
         if len(self._names) >= MAX_FILES:
             raise InvalidRequestError("file", f"more than {MAX_FILES} files", reason="bad-file")
         self._names.add(name)
-        self._name, self._file = name, open(self.directory / name, "xb")
+        self._name, self._file = name, open(self.directory / name, "xb")  # noqa: SIM115
 
     def _end_file(self) -> None:
         file, self._file = self._file, None

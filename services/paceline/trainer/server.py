@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,7 +32,7 @@ from paceline.rpc.draft_codec import (
 from paceline.rpc.record_codec import record_to_proto
 from paceline.trainer.attendants import Attendant, Attendants
 from paceline.trainer.desk import Desk, DraftStore
-from paceline.trainer.offers import Inbox
+from paceline.trainer.offers import Inbox, Offer
 from paceline.v1 import drafts_pb2, drafts_pb2_grpc
 
 SERVICE_NAME = "paceline.v1.DraftService"
@@ -181,16 +180,27 @@ class DraftServicer(_Base):  # type: ignore[misc]
         if first is None:
             raise InvalidRequestError("file", "nothing was offered", reason="not-a-draft")
         drafter = _drafter(first.drafter)
-        with ExitStack() as stack:
-            offer = stack.enter_context(await asyncio.to_thread(self._inbox.open))
-            message: drafts_pb2.OfferDraftRequest | None = first
-            while message is not None:
-                if message.file or message.data:
-                    await asyncio.to_thread(offer.write, message.file, message.data)
-                message = await _next(requests, PIECE_TIMEOUT_S)
-            await asyncio.to_thread(offer.finish)
-            record = await self._offer(offer.directory, drafter, first.is_forced)
+        with self._inbox.turn():
+            offer = await asyncio.to_thread(self._inbox.open)
+            try:
+                await self._receive(offer, first, requests)
+                record = await self._offer(offer.directory, drafter, first.is_forced)
+            finally:
+                await asyncio.to_thread(offer.remove)
         return drafts_pb2.OfferDraftResponse(draft=record_to_proto(record))
+
+    async def _receive(
+        self,
+        offer: Offer,
+        first: drafts_pb2.OfferDraftRequest,
+        requests: AsyncIterator[drafts_pb2.OfferDraftRequest],
+    ) -> None:
+        message: drafts_pb2.OfferDraftRequest | None = first
+        while message is not None:
+            if message.file or message.data:
+                await asyncio.to_thread(offer.write, message.file, message.data)
+            message = await _next(requests, PIECE_TIMEOUT_S)
+        await asyncio.to_thread(offer.finish)
 
     async def RollbackDraft(
         self, request: drafts_pb2.RollbackDraftRequest, context: object

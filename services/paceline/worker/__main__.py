@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from paceline.decode.server import DecodeServicer
 from paceline.domain.blocks import LAYOUT_VERSION
 from paceline.domain.cost import StepShape
 from paceline.domain.errors import UnavailableError
+from paceline.domain.learnings import Sample, SequenceOutcome
 from paceline.domain.member import Member, ModelCard, Role
 from paceline.kvstore.values import KvLayoutInfo
 from paceline.prefill.server import PrefillServicer
@@ -33,6 +35,7 @@ from paceline.worker.bridge import EngineBridge
 from paceline.worker.kv_link import KvLink
 from paceline.worker.samples import SamplePublisher
 from paceline.worker.settings import WorkerSettings
+from paceline.worker.trainer_link import TrainerLink
 
 logger = logging.getLogger("paceline.worker")
 
@@ -72,7 +75,14 @@ async def serve(settings: WorkerSettings) -> int:
         stream = SampleStream(settings.redis_url, settings.fleet, ready.model_digest)
         stack.push_async_callback(stream.close)
         publisher = SamplePublisher(stream, metrics)
-        bridge.on_learnings = lambda samples, outcomes: publisher.push(samples)
+        trainer_link = TrainerLink(settings, worker_id(settings), ready, bridge, metrics)
+
+        def learn(samples: Sequence[Sample], outcomes: Sequence[SequenceOutcome]) -> None:
+            publisher.push(samples)
+            trainer_link.outbox.put_outcomes(outcomes)
+
+        bridge.on_learnings = learn
+        tasks.spawn(trainer_link.run(membership, tasks), "trainer-link", is_vital=True)
         tasks.spawn(publisher.run(), "samples")
         server = _server(settings, bridge, metrics)
         exposed = serve_metrics(metrics, settings.host, settings.metrics_port)

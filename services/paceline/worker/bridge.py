@@ -16,6 +16,7 @@ import sys
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 
+from paceline.domain.drafts import DraftState, StagedDraft
 from paceline.domain.errors import (
     ExhaustedError,
     InternalError,
@@ -71,12 +72,17 @@ class EngineBridge:
         self._frames = FrameReader()
         self._integrity: deque[asyncio.Future[engine_pb2.IntegrityReport]] = deque()
         self._reported = engine_pb2.EngineLoad()
+        self._unheard: set[str] = set()
         self._speculation = SpeculationMetrics(metrics)
         self.load = Load()
         self.draft_version = ""
         """Version of the engine's draft model; empty without one."""
         self.on_kv_event: Callable[[engine_pb2.EngineEvent], None] = lambda event: None
         """Receives lookup, loaded and saved events; set by KvLink."""
+        self.on_load: Callable[[], None] = lambda: None
+        """Hears that the load changed, or is about to."""
+        self.on_draft_state: Callable[[DraftState], None] = lambda state: None
+        """Receives what the engine drafts with, after a change."""
         self.on_learnings: Callable[[Sequence[Sample], Sequence[SequenceOutcome]], None] = (
             lambda samples, outcomes: None
         )
@@ -186,7 +192,25 @@ class EngineBridge:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
 
+    def change_drafts(self, drafts: tuple[StagedDraft, ...]) -> None:
+        """Let the engine draft with these and nothing else; `on_draft_state` hears of it.
+
+        Raises:
+            UnavailableError: the engine process ended.
+        """
+        self.send(engine_pb2.EngineCommand(drafts=draft_codec.change_to_proto(drafts)))
+
     # -- requests -------------------------------------------------------------------------
+
+    @property
+    def num_unheard(self) -> int:
+        """Requests that the engine has said nothing about yet."""
+        return len(self._unheard)
+
+    @property
+    def last_step_s(self) -> float:
+        """Seconds that the engine's last step took."""
+        return self._reported.last_step_s
 
     @property
     def num_requests(self) -> int:
@@ -262,6 +286,8 @@ class EngineBridge:
         self.send(engine_pb2.EngineCommand(submit=submit))
         self._streams[engine_id] = stream
         self._engine_ids[request_id] = engine_id
+        self._unheard.add(engine_id)
+        self.on_load()
         try:
             async for update in stream.updates():
                 yield update
@@ -282,6 +308,9 @@ class EngineBridge:
 
     def _forget(self, request_id: str, engine_id: str) -> None:
         del self._streams[engine_id]
+        if engine_id in self._unheard:
+            self._unheard.remove(engine_id)
+            self.on_load()
         if self._engine_ids.get(request_id) == engine_id:
             del self._engine_ids[request_id]
         # For a request that ended by itself this is a no-op in the engine.
@@ -297,6 +326,8 @@ class EngineBridge:
                 self._handle_step(event.step)
             case "kv_lookup" | "kv_loaded" | "kv_saved":
                 self.on_kv_event(event)
+            case "drafts":
+                self.on_draft_state(draft_codec.state_from_proto(event.drafts))
             case "learnings":
                 self._metrics.capture_seconds.inc(event.learnings.capture_s)
                 self.on_learnings(
@@ -304,6 +335,7 @@ class EngineBridge:
                     [draft_codec.outcome_from_proto(each) for each in event.learnings.outcomes],
                 )
             case "failed":
+                self._unheard.discard(event.failed.request_id)
                 stream = self._streams.get(event.failed.request_id)
                 if stream is not None:
                     stream.fail(_failure(event.failed))
@@ -312,6 +344,7 @@ class EngineBridge:
 
     def _handle_step(self, step: engine_pb2.StepOutput) -> None:
         for output in step.outputs:
+            self._unheard.discard(output.request_id)
             stream = self._streams.get(output.request_id)
             if stream is None:
                 continue
@@ -347,6 +380,7 @@ class EngineBridge:
         metrics.engine_preemptions.inc(load.num_preemptions - last.num_preemptions)
         metrics.engine_evictions.inc(load.num_evictions - last.num_evictions)
         self._reported = load
+        self.on_load()
 
 
 def _token_ids(submit: engine_pb2.SubmitRequest) -> Iterable[int]:

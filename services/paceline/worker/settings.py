@@ -73,6 +73,14 @@ class WorkerSettings(ServiceSettings):
     capture_hidden: bool = False
     """Capture final hidden states, too: 2 bytes per token and hidden size, for drafts that are
     trained on them."""
+    draft_cache_dir: Path | None = None
+    """Directory of drafts fetched from the trainer; by default under `PACELINE_CACHE_DIR`, else
+    `$XDG_CACHE_HOME/paceline`, else `~/.cache/paceline`."""
+    draft_cache_mb: int = Field(default=1024, ge=1)
+    """Size of that directory in MiB beyond which drafts unused for longest go."""
+    itl_target_s: float = Field(default=0.0, ge=0)
+    """Longest ITL in seconds that the operator wants; the trainer computes on this machine only
+    where that leaves room. 0 leaves room whenever nothing runs."""
     engine_stall_s: float = Field(default=30.0, gt=0)
     """Seconds without a sign of life after which the engine counts as hung and the worker
     ends; never below the time of ten predicted full steps."""

@@ -1,0 +1,40 @@
+"""Settings of the trainer process: flags, environment (PACELINE_*), file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from paceline.process.settings import ServiceSettings
+
+
+class TrainerSettings(ServiceSettings):
+    """One trainer: the target whose drafts it keeps, and where."""
+
+    model: Path
+    """Directory of the target's checkpoint (Hugging Face layout)."""
+    draft: str = ""
+    """Directory of the draft that always stays, the floor; empty takes `draft` in the target's
+    directory."""
+    draft_registry: Path | None = None
+    """Directory of versions and their records; one trainer at a time has it. By default one for
+    the target under `PACELINE_STATE_DIR`, else `$XDG_STATE_HOME/paceline`, else
+    `~/.local/state/paceline`; where another trainer has that one, the next beside it."""
+    port: int = Field(default=0, ge=0, le=65535)
+    """gRPC port; 0 takes any free one."""
+    advertise_host: str = ""
+    """Host under which workers reach this trainer; empty means `host`."""
+    draft_keep: int = Field(default=16, ge=2)
+    """Versions that the registry keeps; beyond, the oldest that nobody needs go."""
+    draft_registry_mb: int = Field(default=8192, ge=1)
+    """Size of the registry in MiB beyond which the oldest versions that nobody needs go."""
+    offer_mb: int = Field(default=4096, ge=1)
+    """Largest checkpoint in MiB that operators may offer."""
+    drain_grace_s: float = Field(default=5.0, ge=0)
+    """Seconds that running calls get on SIGTERM."""
+
+    @property
+    def floor(self) -> Path:
+        """Directory of the floor."""
+        return Path(self.draft) if self.draft else self.model / "draft"
