@@ -47,7 +47,7 @@ class ChildSpec:
     name: str
     """Name in the fleet, in logs and in messages."""
     role: str
-    """Key of the ready file: gateway, prefill, decode, kvstore, redis."""
+    """Key of the ready file: gateway, prefill, decode, kvstore, trainer, redis."""
     argv: tuple[str, ...]
     env: Mapping[str, str] = field(default_factory=dict)
     """The whole environment."""

@@ -1,4 +1,4 @@
-"""Talks to the public gRPC door. The only file of the command line that knows gRPC."""
+"""Talks to the public gRPC door. With draft_client.py the only file here that knows gRPC."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """`paceline draft`: the small models that guess for a target.
 
-Making one happens in a process of its own (paceline/trainer/create.py); what needs the
+Versions that run are the business of cli/draft_versions.py; here one is made. Making one happens in a process of its own (paceline/trainer/create.py); what needs the
 tokenizer is done here, what needs torch is done there.
 """
 
@@ -18,6 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
+from paceline.cli.draft_versions import list_drafts, offer, pin, rollback, show, unpin
 from paceline.cli.errors import CommandError, leave
 from paceline.cli.fleet_plan import with_threads
 from paceline.domain.errors import InvalidRequestError
@@ -35,9 +36,12 @@ _TURN = "paceline"
 """Stands for a user's turn when a chat template is taken apart."""
 
 
-@draft.callback()
-def _group() -> None:
-    """Keep `create` a subcommand while it is the only one."""
+draft.command("list")(list_drafts)
+draft.command()(show)
+draft.command()(rollback)
+draft.command()(pin)
+draft.command()(unpin)
+draft.command()(offer)
 
 
 @draft.command()

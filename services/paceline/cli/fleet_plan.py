@@ -12,9 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from paceline.cli.child import ChildSpec
+from paceline.domain.drafts import MODEL_DRAFTER
 from paceline.process.lifecycle import EXIT_WITH_PARENT_VAR
 
 GATEWAY_ID = "gateway-0"
+TRAINER_ID = "trainer-0"
 KILL_MARGIN_S = 5.0
 """Time beyond the drain grace that a service gets to close what it holds."""
 
@@ -22,6 +24,8 @@ WORKER_DRAIN_GRACE_S = 25.0
 """Default of gateway and workers."""
 NODE_DRAIN_GRACE_S = 5.0
 """Default of KV nodes."""
+TRAINER_DRAIN_GRACE_S = 5.0
+"""Default of the trainer."""
 
 _THREAD_VARS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -52,6 +56,9 @@ class PlatformOptions:
     draft: str | None = None
     drafters: str | None = None
     verifier: str | None = None
+    has_trainer: bool | None = None
+    """Whether there is a trainer; None has one if there is a draft for it to look after."""
+    draft_registry: Path | None = None
     arena_mb: int | None = None
     kv_transport: str | None = None
     log_level: str | None = None
@@ -64,12 +71,13 @@ class FleetPlan:
 
     kv_nodes: tuple[ChildSpec, ...]
     workers: tuple[ChildSpec, ...]
+    trainers: tuple[ChildSpec, ...]
     gateway: ChildSpec
 
     @property
     def specs(self) -> tuple[ChildSpec, ...]:
         """All of them."""
-        return (*self.kv_nodes, *self.workers, self.gateway)
+        return (*self.kv_nodes, *self.workers, *self.trainers, self.gateway)
 
 
 def plan_fleet(
@@ -135,7 +143,32 @@ def plan_fleet(
         )
         for role, i, node in place_workers(options)
     )
-    return FleetPlan(nodes, workers, gateway)
+    trainer_flags = {
+        "member-id": TRAINER_ID,
+        "model": options.model,
+        "draft": options.draft,
+        "draft-registry": options.draft_registry,
+        **shared,
+    }
+    trainer = ChildSpec(
+        TRAINER_ID,
+        "trainer",
+        _command("paceline.trainer", trainer_flags),
+        env,
+        _grace_s(options, TRAINER_DRAIN_GRACE_S),
+    )
+    wants_trainer = has_draft(options) if options.has_trainer is None else options.has_trainer
+    return FleetPlan(nodes, workers, (trainer,) if wants_trainer else (), gateway)
+
+
+def has_draft(options: PlatformOptions) -> bool:
+    """Whether workers will draft with a small model, so that there is one to improve."""
+    drafters = options.drafters
+    if options.draft == "none" or (
+        drafters is not None and MODEL_DRAFTER not in drafters.split(",")
+    ):
+        return False
+    return bool(options.draft) or (options.model / "draft" / "config.json").is_file()
 
 
 def place_workers(options: PlatformOptions) -> list[tuple[str, int, str]]:

@@ -204,7 +204,7 @@ class _Platform:
         self._gateway = None
         if self._launch.ready_file is not None:
             self._launch.ready_file.unlink(missing_ok=True)
-        say("Stopping: gateway, workers, KV store, Redis (Ctrl-C again kills at once)")
+        say("Stopping: gateway, trainer, workers, KV store, Redis (Ctrl-C again kills at once)")
         draining = asyncio.create_task(self.supervisor.drain())
         await _first_of(draining, signals.kill)
         if not draining.done():

@@ -12,6 +12,7 @@ from paceline.process.lifecycle import Tasks
 
 DRAIN_ORDER: tuple[tuple[str, ...], ...] = (
     ("gateway",),
+    ("trainer",),
     ("prefill", "decode"),
     ("kvstore",),
     ("redis",),

@@ -10,7 +10,7 @@ import typer
 
 import paceline
 from paceline.cli.errors import CommandError, leave
-from paceline.cli.fleet_plan import PlatformOptions
+from paceline.cli.fleet_plan import PlatformOptions, has_draft
 from paceline.cli.launch import LaunchOptions, run_platform
 from paceline.process.lifecycle import exit_with_parent
 from paceline.process.logs import setup_logging
@@ -106,12 +106,34 @@ def up(
     ] = None,
     drafters: Annotated[
         str | None,
-        typer.Option(help="Who may draft: a,b or none.", rich_help_panel=_SPECULATION),
+        typer.Option(
+            help="Who may draft: a,b or none.",
+            envvar="PACELINE_DRAFTERS",
+            rich_help_panel=_SPECULATION,
+        ),
     ] = None,
     verifier: Annotated[
         str | None,
         typer.Option(
             help="coupled (same tokens) or rejection (same distribution).",
+            rich_help_panel=_SPECULATION,
+        ),
+    ] = None,
+    trainer: Annotated[
+        bool | None,
+        typer.Option(
+            "--trainer/--no-trainer",
+            help="Keep versions of the draft and train it; by default if there is a draft.",
+            show_default=False,
+            rich_help_panel=_SPECULATION,
+        ),
+    ] = None,
+    draft_registry: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory of the draft's versions; one per model by default.",
+            envvar="PACELINE_DRAFT_REGISTRY",
+            show_default=False,
             rich_help_panel=_SPECULATION,
         ),
     ] = None,
@@ -156,7 +178,7 @@ def up(
 ) -> None:
     """Start a platform on this machine and keep it running until Ctrl-C.
 
-    Every process is one of its own: gateway, prefill and decode workers, KV store, Redis.
+    Every process is one of its own: gateway, prefill and decode workers, KV store, trainer, Redis.
     Crashed ones come back. Settings without a flag here: PACELINE_* environment variables.
     """
     exit_with_parent()
@@ -183,11 +205,15 @@ def up(
             draft=find_draft(draft),
             drafters=drafters,
             verifier=verifier,
+            has_trainer=trainer,
+            draft_registry=draft_registry,
             arena_mb=arena_mb,
             kv_transport=kv_transport,
             log_level=log_level,
             drain_grace_s=drain_grace_s,
         )
+        if trainer and not has_draft(options):
+            raise CommandError("--trainer: there is no draft; make one with paceline draft create")
         for path in (ready_file, api_keys):
             _require_parent(path)
         setup_logging("up", log_level or "INFO")
