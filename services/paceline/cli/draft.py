@@ -1,7 +1,8 @@
 """`paceline draft`: the small models that guess for a target.
 
-Versions that run are the business of cli/draft_versions.py; here one is made. Making one happens in a process of its own (paceline/trainer/create.py); what needs the
-tokenizer is done here, what needs torch is done there.
+Making one happens in a process of its own (paceline/trainer/create.py); what needs the
+tokenizer is done here, what needs torch is done there. Versions that a trainer looks after are
+the business of cli/draft_versions.py.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -60,7 +59,7 @@ class DraftClient:
         async def pieces() -> AsyncIterator[drafts_pb2.OfferDraftRequest]:
             yield drafts_pb2.OfferDraftRequest(drafter=drafter, is_forced=is_forced)
             for path in paths:
-                for data in await asyncio.to_thread(_read, path):
+                for data in _read(path):
                     yield drafts_pb2.OfferDraftRequest(file=path.name, data=data)
 
         return await self._record(self._stub.OfferDraft, pieces(), OFFER_TIMEOUT_S)

@@ -131,12 +131,12 @@ def _ask(
 ) -> T:
     """Make one call, or leave with what went wrong."""
 
-    async def run() -> T:
-        async with open_draft_client(endpoint or find_trainer(gateway)) as client:
+    async def run(address: str) -> T:
+        async with open_draft_client(address) as client:
             return await call(client)
 
     try:
-        return asyncio.run(run())
+        return asyncio.run(run(endpoint or find_trainer(gateway)))
     except CommandError as error:
         leave(f"draft {command}", error)
     except (PacelineError, OSError, ValueError) as error:
