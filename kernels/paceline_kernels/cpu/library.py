@@ -207,13 +207,13 @@ def build_id() -> str:
 
 
 def threads() -> int:
-    """Return how many threads what is made from now on uses."""
+    """Return how many threads what the calling thread makes from now on uses."""
     loaded = library()
     return 1 if loaded is None else int(loaded.pl_threads())
 
 
 def set_threads(threads: int) -> None:
-    """Use so many threads for what is made from now on."""
+    """Use so many threads for what the calling thread makes from now on."""
     loaded = library()
     if loaded is not None:
         loaded.pl_set_threads(threads)

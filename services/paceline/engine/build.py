@@ -26,7 +26,7 @@ from paceline.engine.options import EngineOptions
 from paceline.engine.probe import StepTimer
 from paceline.engine.runner import Runner
 from paceline.engine.scheduler import Scheduler
-from paceline.engine.spec.assemble import check_options, make_speculator
+from paceline.engine.spec.assemble import check_options, make_bank, make_speculator
 from paceline.engine.spec.capture import Capture
 from paceline.engine.spec.speculator import Speculator
 from paceline.engine.weights import model_digest
@@ -106,6 +106,7 @@ def build_engine(options: EngineOptions) -> tuple[Engine, EngineCard]:
         monotonic=time.monotonic,
         speculator=speculator,
         capture=_capture(options, config.vocab_size, speculator),
+        bank=make_bank(options, speculator),
     )
     card = EngineCard(
         config=config,
@@ -130,7 +131,7 @@ def _capture(
         return None
 
     def version_of(sequence_id: int) -> str:
-        return "" if speculator is None else speculator.version
+        return "" if speculator is None else speculator.drafted_by(sequence_id)
 
     return Capture(
         share=options.capture_share,

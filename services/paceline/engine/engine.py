@@ -12,10 +12,17 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from paceline.domain.blocks import salt_key
+from paceline.domain.drafts import DraftState, StagedDraft
 from paceline.domain.errors import AlreadyExistsError, InternalError
 from paceline.domain.request import FinishReason, GenerationSpec, TokenChunk
 from paceline.engine.admission import Admission
-from paceline.engine.events import EngineEvent, EngineLoad, FailedEvent, LearningsEvent
+from paceline.engine.events import (
+    DraftsEvent,
+    EngineEvent,
+    EngineLoad,
+    FailedEvent,
+    LearningsEvent,
+)
 from paceline.engine.integrity import check_requests
 from paceline.engine.kv_exchange import KvExchange
 from paceline.engine.ports import BlockArena, Slot, StepRunner, StoredBlock
@@ -26,10 +33,14 @@ from paceline.engine.spec.report import PacedReport
 from paceline.engine.step import SampledToken, StepPlan
 
 if TYPE_CHECKING:
+    from paceline.engine.spec.bank import DraftBank
     from paceline.engine.spec.capture import Capture
     from paceline.engine.spec.speculator import Speculator
 
 logger = logging.getLogger(__name__)
+
+_LOADING_POLL_S = 0.01
+"""Time between two looks at drafts that load while nothing else happens."""
 
 
 class Engine:
@@ -45,11 +56,14 @@ class Engine:
         monotonic: Callable[[], float],
         speculator: Speculator | None = None,
         capture: Capture | None = None,
+        bank: DraftBank | None = None,
     ) -> None:
-        """Without a speculator every step brings one token per sequence."""
+        """Without a speculator every step brings one token per sequence; a bank changes what
+        its models are."""
         self._runner = runner
         self._speculator = speculator
         self._capture = capture
+        self._bank = bank
         self._reports = None if speculator is None else PacedReport(speculator.report)
         self._scheduler = scheduler
         self._kv_root = kv_root
@@ -138,6 +152,19 @@ class Engine:
         """Take the store's answer to a LookupEvent."""
         self._events += self._exchange.lookups.answer(lookup_id, blocks)
 
+    def change_drafts(self, drafts: tuple[StagedDraft, ...]) -> None:
+        """Draft with these models from some later step on, and with no others.
+
+        They are loaded while steps go on. A DraftsEvent tells when they are in use, or why they
+        are not; a change that a newer one replaces has none. The first version of a drafter is
+        its active one.
+        """
+        if self._bank is None:
+            state = DraftState(error="this engine does not draft with models")
+            self._events.append(DraftsEvent(state))
+        else:
+            self._bank.change(drafts)
+
     # -- stepping -------------------------------------------------------------------------
 
     @property
@@ -150,15 +177,22 @@ class Engine:
                 s.num_remaining > 0 or not s.request.num_unsaved for s in self._scheduler.running
             )
             or self._exchange.can_write
+            or (self._bank is not None and self._bank.is_ready)
             or self._admission.has_candidate(self._monotonic())
         )
 
     def next_deadline_s(self) -> float | None:
         """When `step` should be called again although nothing else happened."""
-        return self._exchange.next_deadline_s()
+        deadline_s = self._exchange.next_deadline_s()
+        if self._bank is None or not self._bank.is_loading:
+            return deadline_s
+        look_s = self._monotonic() + _LOADING_POLL_S
+        return look_s if deadline_s is None else min(deadline_s, look_s)
 
     def step(self) -> list[EngineEvent]:
         """Do one iteration and return what happened since the last call."""
+        if self._bank is not None and self._bank.is_ready:
+            self._take_drafts(self._bank)
         now_s = self._monotonic()
         self._events += self._admission.admit(now_s)
         self._settle_leaders(now_s)
@@ -208,7 +242,20 @@ class Engine:
         """Seconds that the runner took for the last step."""
         return self._last_step_s
 
+    def close(self) -> None:
+        """Wait for what loads; the engine is not used any more."""
+        if self._bank is not None:
+            self._bank.close()
+
     # -- inside a step --------------------------------------------------------------------
+
+    def _take_drafts(self, bank: DraftBank) -> None:
+        """Draft with other models from this step on."""
+        state = bank.take_over()
+        if state is not None:
+            self._events.append(DraftsEvent(state))
+        if self._reports is not None:
+            self._reports.expire()
 
     def _settle_leaders(self, now_s: float) -> None:
         """Fork or finish sequences that computed the prompt for others."""
@@ -290,6 +337,9 @@ class Engine:
         num_drafted: int,
         num_accepted: int,
     ) -> TokenChunk:
+        version = ""
+        if self._speculator is not None and num_drafted:
+            version = self._speculator.drafted_by(sequence.id)
         reason = self._scheduler.finish_reason(sequence)
         if reason is not None:
             self._finish(sequence, reason)
@@ -301,15 +351,16 @@ class Engine:
             target_steps=1,
             drafted_tokens=num_drafted,
             accepted_tokens=min(num_accepted, len(taken)),
-            draft_version=self._speculator.version if self._speculator and num_drafted else "",
+            draft_version=version,
         )
 
     def _learnings(self) -> list[EngineEvent]:
-        """Return what there is to train with since the last step."""
-        if self._capture is None or not self._capture.has_samples:
-            return []
-        samples, capture_s = self._capture.take()
-        return [LearningsEvent(samples, capture_s=capture_s)]
+        """Return what there is to train and to judge drafts with since the last step."""
+        outcomes = () if self._speculator is None else tuple(self._speculator.take_outcomes())
+        if self._capture is not None and self._capture.has_samples:
+            samples, capture_s = self._capture.take()
+            return [LearningsEvent(samples, outcomes, capture_s)]
+        return [LearningsEvent(outcomes=outcomes)] if outcomes else []
 
     def _report(self, request: Request, chunks: tuple[TokenChunk, ...]) -> None:
         """Tell the host about a request; forget one that is over."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from paceline.domain.drafts import DraftState
 from paceline.domain.learnings import Sample, SequenceOutcome
 from paceline.domain.request import TokenChunk
 from paceline.engine.ports import StoredBlock
@@ -72,7 +73,22 @@ class LearningsEvent:
     """Spent on capturing since the last event."""
 
 
-EngineEvent = OutputEvent | LookupEvent | LoadedEvent | SavedEvent | FailedEvent | LearningsEvent
+@dataclass(frozen=True, slots=True)
+class DraftsEvent:
+    """What is drafted with after a change, or after one that failed."""
+
+    state: DraftState
+
+
+EngineEvent = (
+    OutputEvent
+    | LookupEvent
+    | LoadedEvent
+    | SavedEvent
+    | FailedEvent
+    | LearningsEvent
+    | DraftsEvent
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -167,6 +167,7 @@ class Presence:
             self._member,
             load=self._bridge.load,
             node_id=self._link.node_id,
+            drafters=self._bridge.drafters,
             draft_version=self._bridge.draft_version,
             is_draining=self.is_draining,
         )

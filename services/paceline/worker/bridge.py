@@ -76,7 +76,11 @@ class EngineBridge:
         self._speculation = SpeculationMetrics(metrics)
         self.load = Load()
         self.draft_version = ""
-        """Version of the engine's draft model; empty without one."""
+        """Active versions of the engine's draft models, joined with "+"; empty without any."""
+        self.drafters: tuple[str, ...] = ()
+        """Drafters that requests may name."""
+        self.on_draft_state: Callable[[DraftState], None] = lambda state: None
+        """Hears what the engine drafts with after each change."""
         self.on_kv_event: Callable[[engine_pb2.EngineEvent], None] = lambda event: None
         """Receives lookup, loaded and saved events; set by KvLink."""
         self.on_load: Callable[[], None] = lambda: None
@@ -122,6 +126,7 @@ class EngineBridge:
             raise UnavailableError(event.failed.message, reason=event.failed.reason)
         self._ready = event.ready
         self.draft_version = event.ready.draft_version
+        self.drafters = tuple(event.ready.drafters)
         return event.ready
 
     async def run(self, stall_s: float) -> None:
@@ -192,14 +197,6 @@ class EngineBridge:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
 
-    def change_drafts(self, drafts: tuple[StagedDraft, ...]) -> None:
-        """Let the engine draft with these and nothing else; `on_draft_state` hears of it.
-
-        Raises:
-            UnavailableError: the engine process ended.
-        """
-        self.send(engine_pb2.EngineCommand(drafts=draft_codec.change_to_proto(drafts)))
-
     # -- requests -------------------------------------------------------------------------
 
     @property
@@ -245,6 +242,14 @@ class EngineBridge:
         if engine_id is not None:
             cancel = engine_pb2.CancelRequest(request_id=engine_id, index=index)
             self.send(engine_pb2.EngineCommand(cancel=cancel))
+
+    def change_drafts(self, drafts: Iterable[StagedDraft]) -> None:
+        """Let the engine draft with these models and no others; `on_draft_state` hears of it.
+
+        Raises:
+            UnavailableError: the engine process ended.
+        """
+        self.send(engine_pb2.EngineCommand(drafts=draft_codec.change_to_proto(drafts)))
 
     def stream_of(self, request_id: str) -> RequestStream | None:
         """Return the stream of a running request, by the engine's id of it."""
@@ -326,8 +331,6 @@ class EngineBridge:
                 self._handle_step(event.step)
             case "kv_lookup" | "kv_loaded" | "kv_saved":
                 self.on_kv_event(event)
-            case "drafts":
-                self.on_draft_state(draft_codec.state_from_proto(event.drafts))
             case "learnings":
                 self._metrics.capture_seconds.inc(event.learnings.capture_s)
                 self.on_learnings(
@@ -339,6 +342,8 @@ class EngineBridge:
                 stream = self._streams.get(event.failed.request_id)
                 if stream is not None:
                     stream.fail(_failure(event.failed))
+            case "drafts":
+                self.on_draft_state(draft_codec.state_from_proto(event.drafts))
             case "integrity":
                 _settle(self._integrity.popleft(), event.integrity)
 
@@ -359,7 +364,8 @@ class EngineBridge:
         if load.HasField("speculation"):
             self._speculation.note(report_from_proto(load.speculation))
             self.draft_version = load.speculation.draft_version
-        report = self._speculation.last
+            names = (drafter.name for drafter in load.speculation.drafters)
+            self.drafters = tuple(dict.fromkeys(names))
         self.load = Load(
             num_waiting=load.num_waiting,
             num_running=load.num_running,
@@ -367,8 +373,8 @@ class EngineBridge:
             free_blocks=load.num_free_blocks,
             total_blocks=load.num_total_blocks,
             context_tokens=load.num_context_tokens,
-            drafted_tokens=sum(drafter.drafted for drafter in report.drafters),
-            accepted_tokens=sum(drafter.accepted for drafter in report.drafters),
+            drafted_tokens=self._speculation.num_drafted,
+            accepted_tokens=self._speculation.num_accepted,
         )
         metrics, last = self._metrics, self._reported
         metrics.engine_waiting.set(load.num_waiting)

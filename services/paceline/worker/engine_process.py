@@ -23,6 +23,7 @@ from paceline.domain.errors import PacelineError
 from paceline.engine.build import EngineCard, build_engine
 from paceline.engine.engine import Engine
 from paceline.engine.events import (
+    DraftsEvent,
     EngineEvent,
     EngineLoad,
     FailedEvent,
@@ -132,6 +133,8 @@ class EngineLoop:
                 engine.grant_slots([_slot_from_proto(s) for s in command.kv_grant.slots])
             case "arena":
                 engine.attach_arena(_map_arena(command.arena))
+            case "drafts":
+                engine.change_drafts(draft_codec.change_from_proto(command.drafts))
             case "check_integrity":
                 load = engine.load()
                 report = engine_pb2.IntegrityReport(
@@ -193,6 +196,9 @@ class EngineLoop:
                     self._sock.send(engine_pb2.EngineEvent(failed=failed))
                 case LearningsEvent():
                     self._sock.send(engine_pb2.EngineEvent(learnings=_learnings(event)))
+                case DraftsEvent():
+                    drafts = draft_codec.state_to_proto(event.state)
+                    self._sock.send(engine_pb2.EngineEvent(drafts=drafts))
         load = self._engine.load()
         # The step's duration alone is no news.
         comparable = replace(load, last_step_s=0.0, speculation=None)

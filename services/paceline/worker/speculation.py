@@ -50,15 +50,20 @@ class SpeculationMetrics:
         self._metrics = metrics
         self.last = SpeculationReport()
         """The latest report."""
+        self.num_drafted = self.num_accepted = 0
+        """Tokens proposed and accepted since the engine's start, by whomever."""
         self._versions: dict[str, list[str]] = {}
         """By drafter, those that have series; the present one last."""
 
     def note(self, report: SpeculationReport) -> None:
-        """Take the next report; its news count for the versions it names."""
-        last = {drafter.name: drafter for drafter in self.last.drafters}
+        """Take the next report; what it has more than the last one counts."""
+        last = {(drafter.name, drafter.version): drafter for drafter in self.last.drafters}
         for drafter in report.drafters:
+            before = last.get((drafter.name, drafter.version)) or DrafterReport(drafter.name)
             self._note_version(drafter.name, drafter.version)
-            self._note_drafter(drafter, last.get(drafter.name) or DrafterReport(drafter.name))
+            self._note_drafter(drafter, before)
+            self.num_drafted += max(0, drafter.drafted - before.drafted)
+            self.num_accepted += max(0, drafter.accepted - before.accepted)
         for (name, reason), count in report.decisions.items():
             more = count - self.last.decisions.get((name, reason), 0)
             self._metrics.speculation_decisions.labels(name, reason).inc(max(0, more))

@@ -120,14 +120,18 @@ def test_counters_follow_the_engines_counts() -> None:
     assert ("position_tried_total", "model", str(MAX_POSITIONS + 1)) not in got
 
 
-def test_news_count_for_the_version_that_drafts_now() -> None:
+def test_versions_of_a_drafter_are_counted_apart() -> None:
     metrics = Metrics("test")
     watch = SpeculationMetrics(metrics)
+    trial = replace(MODEL, version="v2", drafted=15, accepted=3)
     watch.note(SpeculationReport((MODEL,)))
-    watch.note(SpeculationReport((replace(MODEL, version="v2", drafted=75),)))
+    watch.note(SpeculationReport((replace(MODEL, drafted=70), trial)))
+    watch.note(SpeculationReport((trial,)))
+    watch.note(SpeculationReport((replace(trial, drafted=25), replace(MODEL, drafted=5))))
     got = samples(metrics)
-    assert got["drafted_tokens_total", "model", "v1"] == 60
-    assert got["drafted_tokens_total", "model", "v2"] == 15
+    assert got["drafted_tokens_total", "model", "v1"] == 75, "v1 came back with new counts"
+    assert got["drafted_tokens_total", "model", "v2"] == 25
+    assert (watch.num_drafted, watch.num_accepted) == (100, 63)
 
 
 def test_however_many_versions_there_were_series_stay_few() -> None:
@@ -138,7 +142,7 @@ def test_however_many_versions_there_were_series_stay_few() -> None:
         watch.note(SpeculationReport((replace(MODEL, version=version, drafted=60 * i),)))
     got = samples(metrics)
     kept = {key[2]: value for key, value in got.items() if key[0] == "drafted_tokens_total"}
-    assert kept == {"v46": 60, "v47": 60, "v48": 120, "v49": 60}
+    assert kept == {"v46": 60 * 47, "v47": 60 * 48, "v48": 60 * (49 + 51), "v49": 60 * 50}
     assert len(kept) == MAX_VERSIONS
     watch.note(SpeculationReport((replace(MODEL, version="v50", drafted=60 * 52),)))
     assert ("rounds_total", "model", "v48") in samples(metrics), "it was in use a moment ago"

@@ -13,19 +13,28 @@ using namespace paceline;
 namespace {
 
 const Table* chosen = nullptr;
-// Decoders keep the team they were made with.
-std::shared_ptr<Team> team;
-// Those of other sizes that are still in use, so that none is made twice: two would spin beside
+// What the calling thread makes uses this team; decoders keep the one they were made with. A
+// thread that loads a model beside a running one neither sees nor changes what that one uses.
+thread_local std::shared_ptr<Team> team;
+// Those of all sizes that are still in use, so that none is made twice: two would spin beside
 // each other.
 std::map<int, std::weak_ptr<Team>> teams;
+std::mutex teams_mutex;
 
 const Table& table() { return chosen ? *chosen : *(chosen = find_table(nullptr)); }
 
 // Fewer logits than these are looked through by the caller alone.
 constexpr int64_t kSharedLogits = 1 << 18;
 
+std::shared_ptr<Team> team_of(int threads) {
+  const std::lock_guard lock(teams_mutex);
+  auto found = teams[threads].lock();
+  if (!found) teams[threads] = found = std::make_shared<Team>(threads);
+  return found;
+}
+
 std::shared_ptr<Team> current_team() {
-  if (!team) teams[1] = team = std::make_shared<Team>(1);
+  if (!team) team = team_of(1);
   return team;
 }
 
@@ -58,12 +67,7 @@ int pl_use_isa(const char* name) {
 int pl_threads() { return current_team()->size(); }
 
 void pl_set_threads(int threads) {
-  if (threads == current_team()->size()) return;
-  if (auto known = teams[threads].lock()) {
-    team = known;
-  } else {
-    teams[threads] = team = std::make_shared<Team>(threads);
-  }
+  if (threads != current_team()->size()) team = team_of(threads);
 }
 
 // ---- operations ------------------------------------------------------------------------------

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from paceline.domain.cost import StepCost
+from paceline.domain.drafts import MODEL_DRAFTER
 from paceline.engine import kernels
 from paceline.engine.options import EngineOptions
 from paceline.engine.spec.builders import BUILDERS
@@ -21,11 +23,18 @@ from paceline.engine.spec.drafters.union import UnionDrafter
 from paceline.engine.spec.lent_target import LentTarget
 from paceline.engine.spec.speculator import Speculation, Speculator
 
+if TYPE_CHECKING:
+    from paceline.engine.spec.bank import DraftBank
+    from paceline.engine.spec.drafters.model import DraftModelOptions
+
 VERIFIERS = ("coupled", "rejection")
 
 _UNIONS = (("trie", "recycling"), ("trie", "model"), ("trie", "recycling", "model"))
 """Arms beside the drafters themselves, where all parts take part: what looks things up costs
 next to nothing beside a model, and knows other things."""
+
+_BANK_UNION = ("trie", "recycling")
+"""What each further model of a bank has its one union with."""
 
 _SEED = 0
 """Of the controller: what it explores need not differ between two runs."""
@@ -55,7 +64,7 @@ def check_options(options: EngineOptions) -> None:
 def make_speculator(
     options: EngineOptions, cost: StepCost, target: LentTarget
 ) -> Speculator | None:
-    """Return the speculator of an engine, or None where nobody drafts.
+    """Return the speculator of an engine, or None where nobody drafts or ever could.
 
     Raises:
         UnsupportedModelError: a draft's weights cannot be used with this model.
@@ -69,11 +78,12 @@ def make_speculator(
     # Loading a draft may have left the kernels with its threads.
     if kernels.has_cpp_kernels():
         kernels.set_threads(options.threads)
-    if not drafters:
+    if not drafters and MODEL_DRAFTER not in options.drafters:
         return None
-    arms = _arms(drafters, [tuple(name.split("+")) for name in options.drafters if "+" in name])
+    named = [tuple(name.split("+")) for name in options.drafters if "+" in name]
+    arms_of = partial(_arms, unions=named)
     controller = Controller(
-        tuple(arms),
+        tuple(arms_of(drafters)),
         cost,
         max_nodes=options.draft_nodes,
         max_depth=options.draft_depth,
@@ -81,7 +91,7 @@ def make_speculator(
     )
     parts = Speculation(
         drafters=drafters,
-        arms=arms,
+        arms_of=arms_of,
         controller=controller,
         max_context_tokens=target.max_context_tokens,
         vocab_size=target.model.config.vocab_size,
@@ -91,9 +101,30 @@ def make_speculator(
     return Speculator(parts)
 
 
+def make_bank(options: EngineOptions, speculator: Speculator | None) -> DraftBank | None:
+    """Return what changes an engine's draft models, or None where none may draft."""
+    if speculator is None or MODEL_DRAFTER not in options.drafters:
+        return None
+    from paceline.engine.spec.bank import DraftBank
+
+    return DraftBank(
+        speculator,
+        target=Path(options.model),
+        builder=BUILDERS[options.draft_builder](),
+        options=_model_options(options),
+    )
+
+
+def _model_options(options: EngineOptions) -> DraftModelOptions:
+    from paceline.engine.spec.drafters.model import DraftModelOptions
+
+    return DraftModelOptions(block_size=options.block_size)
+
+
 def _arms(drafters: Mapping[str, Drafter], unions: Sequence[tuple[str, ...]]) -> dict[str, Drafter]:
     arms = dict(drafters)
-    for names in (*_UNIONS, *unions):
+    bank = [(*_BANK_UNION, name) for name in drafters if name.startswith(f"{MODEL_DRAFTER}:")]
+    for names in (*_UNIONS, *bank, *unions):
         if all(name in drafters for name in names):
             union = UnionDrafter([drafters[name] for name in names], is_owner=False)
             arms[union.name] = union
@@ -106,13 +137,11 @@ def _settings(options: EngineOptions, target: LentTarget) -> dict[str, dict[str,
     directory = Path(options.model)
     model: dict[str, Any] | None = None
     if options.draft is not None:
-        from paceline.engine.spec.drafters.model import DraftModelOptions
-
         model = {
             "directory": Path(options.draft),
             "target": directory,
             "builder": builder,
-            "options": DraftModelOptions(block_size=options.block_size),
+            "options": _model_options(options),
         }
     medusa: dict[str, Any] | None = None
     if options.medusa is not None:

@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import random
 from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from paceline.domain.cost import StepCost, StepShape
 from paceline.engine.spec.calibration import Calibration
@@ -27,6 +28,8 @@ from paceline.engine.spec.profile import DraftTimes, Profile
 from paceline.engine.spec.prune import prune
 from paceline.engine.spec.step_times import NodeCurve, StepTimes
 from paceline.engine.spec.tree import ROOT, DraftTree
+
+Value = TypeVar("Value")
 
 OFF = "off"
 """The arm that does not draft."""
@@ -215,9 +218,39 @@ class Controller:
             self._calibrate(self._sequences[outcome.sequence_id].domain, outcome)
 
     def retire(self, arms: Collection[str]) -> None:
-        """Choose these arms no more."""
+        """Choose these arms no more; what the running step still has of them may be observed."""
         self._arms = tuple(arm for arm in self._arms if arm not in arms)
         for sequence in self._sequences.values():
+            sequence.choice = None
+
+    def add(self, arms: Sequence[str]) -> None:
+        """Choose among these arms too, between two steps; the others keep what is known of them.
+
+        What was known of retired arms is forgotten.
+        """
+        self._arms += tuple(arm for arm in arms if arm not in self._arms)
+        kept = set(self._arms)
+        _keep(self._draft_times, kept, DraftTimes)
+        _keep(self._levels, kept)
+        for known in self._known():
+            _keep(known.profiles, kept, lambda: Profile(_DOMAIN_RATE))
+            _keep(known.calibrations, {part for arm in kept for part in arm.split("+")})
+        for sequence in self._sequences.values():
+            _keep(sequence.profiles, kept)
+            sequence.choice = None
+        for key in [key for key in self.decisions if key[0] not in kept | {OFF}]:
+            del self.decisions[key]
+
+    def renew(self, arms: Collection[str]) -> None:
+        """Try these arms as if they were new: they draft with other weights."""
+        parts = {part for arm in arms for part in arm.split("+")}
+        for known in self._known():
+            for arm in arms:
+                known.profiles[arm].renew()
+            for part in parts & known.calibrations.keys():
+                known.calibrations[part] = known.calibrations[part].copy()
+        for sequence in self._sequences.values():
+            _keep(sequence.profiles, sequence.profiles.keys() - arms)
             sequence.choice = None
 
     def forget(self, sequence_id: int) -> None:
@@ -337,6 +370,11 @@ class Controller:
             self._domains.move_to_end(name)
         return domain
 
+    def _known(self) -> Iterable[_Domain]:
+        """Return all that profiles are kept in, also domains that only a sequence still has."""
+        domains = [*self._domains.values(), *(s.domain for s in self._sequences.values())]
+        return {id(known): known for known in (self._all, *domains)}.values()
+
     def _profiles(self, sequence_id: int, arm: str) -> tuple[Profile, Profile, Profile]:
         """Return where something about an arm is to be noted."""
         sequence = self._sequences[sequence_id]
@@ -355,3 +393,15 @@ class Controller:
                     known.calibration(tree.sources[node]).add(
                         tree.confidences[node], node in accepted
                     )
+
+
+def _keep(
+    known: dict[str, Value], names: Collection[str], new: Callable[[], Value] | None = None
+) -> None:
+    """Forget all but some names; those that are missing get a new value, if there is such."""
+    for name in known.keys() - names:
+        del known[name]
+    if new is not None:
+        for name in names:
+            if name not in known:
+                known[name] = new()

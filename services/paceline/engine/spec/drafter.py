@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from paceline.domain.request import SamplingParams
 from paceline.engine.spec.calibration import Calibration
@@ -93,6 +93,15 @@ class DrafterNeeds:
 NO_NEEDS = DrafterNeeds()
 
 
+@runtime_checkable
+class Versioned(Protocol):
+    """A drafter with several versions of its weights at a time."""
+
+    def version_of(self, sequence_id: int) -> str:
+        """Return the version that a sequence drafts with."""
+        ...
+
+
 class Drafter(Protocol):
     """Proposes tokens. Called by one thread, between two steps of the engine."""
 
@@ -103,7 +112,7 @@ class Drafter(Protocol):
 
     @property
     def version(self) -> str:
-        """Version of its weights; empty where it has none."""
+        """Version of its weights, the active one of several; empty where it has none."""
         ...
 
     @property

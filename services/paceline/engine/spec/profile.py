@@ -36,6 +36,11 @@ class Profile:
         profile._accepted = _TRUST_WEIGHT * self.trust
         return profile
 
+    def renew(self) -> None:
+        """Count as new: learn fast, expecting what was expected until then."""
+        self.num_drafts = 0
+        self._promised = self._accepted = _TRUST_WEIGHT
+
     def note(self, values: Sequence[float]) -> None:
         """Count a draft as it was proposed, cut or not."""
         self.num_drafts += 1

@@ -70,4 +70,5 @@ def _part(tree: DraftTree, kept: set[int]) -> DraftTree:
         confidences=tuple([tree.confidences[n] for n in nodes]),
         values=tuple([tree.values[n] for n in nodes]),
         sources=tuple([tree.sources[n] for n in nodes]),
+        also={place[n]: names for n, names in tree.also.items() if n in place},
     )

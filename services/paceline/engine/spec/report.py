@@ -23,7 +23,8 @@ class DrafterReport:
 
     name: str
     version: str = ""
-    """Version of its weights now; empty where it has none."""
+    """Version of its weights; empty where it has none. There is a report for each version that
+    drafted lately, and one for the active one."""
     rounds: int = 0
     """Drafts verified: one per sequence and step."""
     drafted: int = 0
@@ -67,6 +68,10 @@ class PacedReport:
         self._make = make
         self._report: SpeculationReport | None = None
         self._made_s = 0.0
+
+    def expire(self) -> None:
+        """Make the next one anew whatever the time."""
+        self._report = None
 
     def at(self, now_s: float) -> SpeculationReport:
         """Return the report of this (monotonic) time."""

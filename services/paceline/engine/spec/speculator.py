@@ -12,16 +12,25 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from paceline.domain.cost import StepShape
+from paceline.domain.learnings import SequenceOutcome
 from paceline.engine.ports import Advance
 from paceline.engine.request import Sequence
 from paceline.engine.spec.controller import OFF, Controller, Decision, Outcome, RowView
-from paceline.engine.spec.drafter import DraftBudget, DraftContext, Drafter, DrafterNeeds, Round
+from paceline.engine.spec.drafter import (
+    DraftBudget,
+    DraftContext,
+    Drafter,
+    DrafterNeeds,
+    Round,
+    Versioned,
+)
 from paceline.engine.spec.lent_target import LentTarget
+from paceline.engine.spec.outcomes import OutcomeBook
 from paceline.engine.spec.report import SpeculationReport
 from paceline.engine.spec.tally import Tally
 from paceline.engine.spec.tree import EMPTY_TREE, ROOT, DraftTree
@@ -39,9 +48,9 @@ class Speculation:
     """Who takes part."""
 
     drafters: Mapping[str, Drafter]
-    """By name; each hears of every step once."""
-    arms: Mapping[str, Drafter]
-    """What the controller chooses from: the drafters, and unions of them."""
+    """By name, at the start; each hears of every step once."""
+    arms_of: Callable[[Mapping[str, Drafter]], dict[str, Drafter]]
+    """Returns what the controller chooses from: drafters, and unions of them."""
     controller: Controller
     max_context_tokens: int
     vocab_size: int
@@ -66,11 +75,16 @@ class Speculator:
         """Of the running step."""
         self._draft_s: dict[str, tuple[int, float]] = {}
         self._num_steps = 0
-        self._arms = dict(parts.arms)
+        self.drafters = parts.drafters
+        """By name."""
+        self._named = parts.arms_of(self.drafters)
+        """Arms that requests may ask for."""
+        self._arms = dict(self._named)
         """Those that have not misbehaved."""
         self._undrafted: set[int] = set()
         """Sequences whose step failed with a draft."""
-        self._tally = Tally(parts.arms)
+        self._tally = Tally(self._named)
+        self._outcomes = OutcomeBook()
 
     @property
     def needs(self) -> DrafterNeeds:
@@ -79,21 +93,52 @@ class Speculator:
         used = {decision.arm for decision in self._decisions.values()}
         return DrafterNeeds(
             successors=max(
-                (d.needs.successors for n, d in self._parts.arms.items() if is_due or n in used),
+                (d.needs.successors for n, d in self._named.items() if is_due or n in used),
                 default=0,
             ),
-            hidden=any(drafter.needs.hidden for drafter in self._parts.drafters.values()),
+            hidden=any(drafter.needs.hidden for drafter in self.drafters.values()),
         )
 
     @property
     def version(self) -> str:
-        """Versions of the weights that draft; empty without any."""
-        return "+".join(d.version for d in self._parts.drafters.values() if d.version)
+        """Active versions of the weights that draft, joined with "+"; empty without any."""
+        return "+".join(d.version for d in self.drafters.values() if d.version)
 
     @property
     def arms(self) -> tuple[str, ...]:
         """Names that requests may ask for."""
-        return tuple(self._parts.arms)
+        return tuple(self._named)
+
+    def change_models(self, models: Mapping[str, Drafter], renewed: Collection[str]) -> None:
+        """Draft with these models from the next step on; called between two steps.
+
+        Args:
+            models: all versioned drafters, by name.
+            renewed: those that were there before, but with other weights: what was held against
+                them is forgotten.
+        """
+        others = {n: d for n, d in self.drafters.items() if not isinstance(d, Versioned)}
+        self.drafters = {**others, **models}
+        before, self._named = self._named, self._parts.arms_of(self.drafters)
+        changed = [a for a in self._named if not set(a.split("+")).isdisjoint(renewed)]
+        self._controller.retire([arm for arm in before if arm not in self._named])
+        self._arms = {
+            arm: drafter
+            for arm, drafter in self._named.items()
+            if arm not in before or arm in self._arms or arm in changed
+        }
+        self._controller.add(list(self._arms))
+        self._controller.renew(changed)
+        self._tally.change(self._named)
+
+    def drafted_by(self, sequence_id: int) -> str:
+        """Return the version, or versions joined with "+", that drafted in the last step."""
+        decision = self._decisions.get(sequence_id)
+        return "" if decision is None else self._version(decision.arm, sequence_id)
+
+    def take_outcomes(self) -> list[SequenceOutcome]:
+        """Return what models brought for sequences that ended since the last call."""
+        return self._outcomes.take()
 
     def report(self) -> SpeculationReport:
         """Return what was brought since the start."""
@@ -136,6 +181,7 @@ class Speculator:
         taken_by = {sequence.id: (sequence, taken) for sequence, taken in advanced}
         rounds: list[Round] = []
         outcomes: list[Outcome] = []
+        versions: list[str] = []
         for i, (row, brought) in enumerate(zip(plan.rows, result.rows, strict=True)):
             if i in result.failed_rows and row.tree.tokens:
                 # A token whose numbers are not finite spoils the row that it is drafted in.
@@ -152,11 +198,16 @@ class Speculator:
                 )
             )
             outcomes.append(Outcome(sequence.id, decision, row.tree, brought.path))
-        for name, drafter in self._parts.drafters.items():
+            drafted = dict(self._versions(decision.arm, sequence.id))
+            versions.append("+".join(drafted.values()))
+            if drafted and row.tree.tokens:
+                spec, path = sequence.request.spec, brought.path
+                self._outcomes.add(sequence.id, spec, row.tree, path, len(taken), drafted)
+        for name, drafter in self.drafters.items():
             with self._quarantine(name):
                 drafter.observe(rounds)
         self._controller.observe(outcomes, self._draft_s)
-        self._tally.add(outcomes, self._draft_s, self._clock_s() - started_s)
+        self._tally.add(outcomes, versions, self._draft_s, self._clock_s() - started_s)
 
     def forget(self, sequence_id: int) -> None:
         """Let go of a sequence."""
@@ -164,7 +215,8 @@ class Speculator:
         self._decisions.pop(sequence_id, None)
         self._controller.forget(sequence_id)
         self._undrafted.discard(sequence_id)
-        for name, drafter in self._parts.drafters.items():
+        self._outcomes.end(sequence_id)
+        for name, drafter in self.drafters.items():
             with self._quarantine(name):
                 drafter.forget(sequence_id)
 
@@ -177,6 +229,18 @@ class Speculator:
         # The token behind a path is the target's own.
         domain = f"{spec.cache_salt.hex()}/{spec.domain}"
         return RowView(sequence.id, domain, spec.speculation, left - 1)
+
+    def _versions(self, arm: str, sequence_id: int) -> Iterator[tuple[str, str]]:
+        """Return the parts of an arm that have weights, with the version that a sequence uses."""
+        for name in arm.split("+"):
+            drafter = self.drafters.get(name)
+            if isinstance(drafter, Versioned):
+                yield name, drafter.version_of(sequence_id)
+            elif drafter is not None and drafter.version:
+                yield name, drafter.version
+
+    def _version(self, arm: str, sequence_id: int) -> str:
+        return "+".join(version for _, version in self._versions(arm, sequence_id))
 
     def _context(self, sequence: Sequence) -> DraftContext:
         context = self._contexts.get(sequence.id)

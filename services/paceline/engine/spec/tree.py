@@ -47,6 +47,8 @@ class DraftTree:
     proposals: Mapping[int, Proposal] = field(default_factory=dict)
     """By parent; children of other parents are all point masses (retrieved, best-of, greedy).
     A point mass is a token that was chosen knowing at most the tokens of its elder siblings."""
+    also: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    """By node, further drafters that proposed it too."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -58,6 +60,10 @@ class DraftTree:
         for parent in self.parents:
             depths.append(1 if parent == ROOT else depths[parent] + 1)
         return depths
+
+    def proposers(self, node: int) -> tuple[str, ...]:
+        """Return the names of all drafters that proposed a node."""
+        return (self.sources[node], *self.also.get(node, ()))
 
     @property
     def is_chain(self) -> bool:

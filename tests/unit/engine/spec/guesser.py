@@ -15,8 +15,6 @@ from paceline.engine.step import StepPlan, StepResult
 class Guesser:
     """Proposes random trees over tokens that are known to come, wrong ones between them."""
 
-    version = "guess"
-
     def __init__(
         self,
         future: Callable[[request.Sequence], Sequence[int]],
@@ -58,6 +56,9 @@ class Guesser:
         for row, brought in zip(plan.rows, result.rows, strict=True):
             self.num_drafted += len(row.tree)
             self.num_accepted += len(brought.path)
+
+    def drafted_by(self, sequence_id: int) -> str:
+        return "guess"
 
     def forget(self, sequence_id: int) -> None:
         self.forgotten.add(sequence_id)

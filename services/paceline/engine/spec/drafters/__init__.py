@@ -20,7 +20,7 @@ Factory = Callable[..., Drafter]
 _DRAFTERS: dict[str, str | Factory] = {
     "trie": "paceline.engine.spec.drafters.trie:TrieDrafter",
     "recycling": "paceline.engine.spec.drafters.recycling:RecyclingDrafter",
-    "model": "paceline.engine.spec.drafters.model:make",
+    "model": "paceline.engine.spec.drafters.versions:make",
     "layer-skip": "paceline.engine.spec.drafters.layer_skip:make",
     "medusa": "paceline.engine.spec.drafters.medusa:make",
 }

@@ -16,10 +16,12 @@ from pathlib import Path
 
 import torch
 
+from paceline.domain.drafts import MODEL_DRAFTER
 from paceline.engine import kernels
-from paceline.engine.models.config import ModelConfig, UnsupportedModelError, load_model_config
+from paceline.engine.models.config import load_model_config
 from paceline.engine.models.load import KV_DTYPES, Model, ModelOptions, load_model
-from paceline.engine.spec.drafter import DraftBudget, DraftContext, DrafterNeeds, Round
+from paceline.engine.spec.drafter import NO_NEEDS, DraftBudget, DraftContext, Round
+from paceline.engine.spec.drafters.draft_kv import DraftKv, KvShape
 from paceline.engine.spec.drafters.draft_pages import DraftPages
 from paceline.engine.spec.drafters.levels import LevelRow, grow_trees
 from paceline.engine.spec.drafters.passes import Pass, PassLayout
@@ -46,6 +48,9 @@ class DraftModelOptions:
     catch_up_tokens: int = 512
     """Tokens computed at most before the first level of a call, so that no step waits long for
     a prompt that the draft model has not seen."""
+    keeps_kv: bool = True
+    """Whether a sequence whose version leaves goes on with the KV of that version, if the next
+    one's has the same shape, or has it computed again."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,6 +62,11 @@ class DraftModel:
     kv_dtype: torch.dtype
     block_size: int
     max_context_tokens: int
+
+    @property
+    def kv_shape(self) -> KvShape:
+        """Shape of its KV."""
+        return KvShape.of(self.model.config, self.block_size, self.kv_dtype)
 
 
 def load_draft_model(
@@ -99,67 +109,45 @@ def load_draft_model(
 
 
 class ModelDrafter:
-    """A model that drafts, and what it remembers of each sequence."""
+    """A model that drafts, and the pages in which it remembers sequences."""
 
-    name = "model"
-    needs = DrafterNeeds()
+    needs = NO_NEEDS
 
     def __init__(
         self,
         draft: DraftModel,
+        kv: DraftKv,
         *,
         builder: TreeBuilder,
-        kv_memory_mb: int = 64,
+        name: str = MODEL_DRAFTER,
         catch_up_tokens: int = 512,
     ) -> None:
-        """Draft with a model.
-
-        Raises:
-            ValueError: the memory is less than one page.
-        """
+        """Draft with a model; `kv` is of its shape, and may be shared with models like it."""
+        self.name = name
+        self.draft, self.kv = draft, kv
         self._builder = builder
-        self._kv_memory_mb = kv_memory_mb
         self._catch_up_tokens = catch_up_tokens
         self._layout = PassLayout(draft.block_size)
-        self._take(draft)
 
     @property
     def version(self) -> str:
         """Version of the weights."""
-        return self._draft.version
+        return self.draft.version
+
+    @property
+    def pages(self) -> DraftPages:
+        """Who holds which page."""
+        return self.kv.pages
 
     @property
     def state_bytes(self) -> int:
         """Memory of the KV that sequences hold."""
-        return self.state_entries * self._page_bytes
+        return self.kv.num_held_bytes
 
     @property
     def state_entries(self) -> int:
         """Pages that sequences hold."""
-        return self.pages.num_pages - self.pages.num_free
-
-    def swap(self, draft: DraftModel) -> None:
-        """Draft with other weights from the next round on; all KV of the old ones is dropped.
-
-        Raises:
-            UnsupportedModelError: another number of tokens in the vocabulary.
-        """
-        old, new = self._draft.model.config.vocab_size, draft.model.config.vocab_size
-        if old != new:
-            raise UnsupportedModelError(f"vocab_size: {new}, the draft before it has {old}")
-        self._take(draft)
-
-    def _take(self, draft: DraftModel) -> None:
-        shape = _page_shape(draft.model.config, draft.block_size)
-        num_pages = (self._kv_memory_mb << 20) // (shape.numel() * draft.kv_dtype.itemsize)
-        if num_pages < 1:
-            raise ValueError(f"kv_memory_mb {self._kv_memory_mb}: not one page of a draft's KV")
-        self._draft = draft
-        self._page_bytes = shape.numel() * draft.kv_dtype.itemsize
-        self._layout = PassLayout(draft.block_size)
-        self.pages = DraftPages(num_pages, draft.block_size)
-        # Zeros take memory when they are first touched.
-        self._kv_PL2KTD = torch.zeros(num_pages, *shape, dtype=draft.kv_dtype)
+        return self.kv.num_held_pages
 
     def pending_tokens(self, context: DraftContext) -> int:
         """Return how many tokens the next round computes before it can draft: at least 1.
@@ -225,7 +213,7 @@ class ModelDrafter:
     ) -> LevelRow | None:
         length = len(context.token_ids)
         # The last nodes of a tree are not computed, so paths may end one behind the context.
-        if length + budget.depth - 1 > self._draft.max_context_tokens:
+        if length + budget.depth - 1 > self.draft.max_context_tokens:
             return None
         # Shapes that drop nodes again compute more than they keep.
         num_slots = length + 2 * budget.nodes
@@ -236,37 +224,11 @@ class ModelDrafter:
         pending = self.pending_tokens(context)
         start = length - pending
         stop = start + min(pending, most_tokens)
-        return LevelRow(context, budget, start, stop, pages.ids, self._draft.block_size)
+        return LevelRow(context, budget, start, stop, pages.ids, self.draft.block_size)
 
     def _forward(self, batch: Pass) -> torch.Tensor:
-        model = self._draft.model
+        model = self.draft.model
         x_NE = model.forward(
-            batch.tokens_N, batch.positions_N, self._kv_PL2KTD, batch.slots_N, batch.attention
+            batch.tokens_N, batch.positions_N, self.kv.kv_PL2KTD, batch.slots_N, batch.attention
         )
         return model.logits(x_NE, batch.drawn_M)
-
-
-def _page_shape(config: ModelConfig, block_size: int) -> torch.Size:
-    return torch.Size((config.num_layers, 2, config.num_kv_heads, block_size, config.head_dim))
-
-
-def make(
-    *,
-    directory: str | Path,
-    target: str | Path,
-    builder: TreeBuilder,
-    options: DraftModelOptions = DraftModelOptions(),
-    version: str | None = None,
-) -> ModelDrafter:
-    """Return a drafter from a checkpoint.
-
-    Raises:
-        UnsupportedModelError: it cannot be loaded, or has another vocabulary than the target.
-    """
-    draft = load_draft_model(Path(directory), Path(target), options, version)
-    return ModelDrafter(
-        draft,
-        builder=builder,
-        kv_memory_mb=options.kv_memory_mb,
-        catch_up_tokens=options.catch_up_tokens,
-    )

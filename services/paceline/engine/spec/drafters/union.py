@@ -5,7 +5,8 @@ an edge is worth is the largest of what its proposers say (value of the node ove
 parent), and a node's value is the product along its path. The largest and not a noisy-or: the
 proposers learnt from the same text, so that their agreeing is little further evidence, while
 any of them may know better than the others. A node that several propose stays the first's, with
-its confidence: that is whose calibration learns what became of it.
+its confidence: that is whose calibration learns what became of it. `DraftTree.also` names the
+others.
 
 Drawn children (recursive rejection) stay exact under three rules.
  1. Draws are kept of one tree only, the first that has some; it is inserted first, so that its
@@ -156,6 +157,7 @@ class _Union:
         self._edges: list[float] = []
         self._confidences: list[float] = []
         self._sources: list[str] = []
+        self._also: dict[int, tuple[str, ...]] = {}
         self._places: dict[tuple[int, int], int] = {}
         self._drawn: dict[int, float] = {}
         """Value by drawn node."""
@@ -209,6 +211,7 @@ class _Union:
         place = self._places.setdefault((parent, tree.tokens[node]), len(self._tokens))
         if place < len(self._tokens):
             self._edges[place] = max(self._edges[place], edge)
+            self._also[place] = (*self._also.get(place, ()), *tree.proposers(node))
             return place
         self._tokens.append(tree.tokens[node])
         self._parents.append(parent)
@@ -237,4 +240,5 @@ class _Union:
             values=tuple(values[n] for n in order),
             sources=tuple(self._sources[n] for n in order),
             proposals={index[n]: p for n, p in self._proposals.items()},
+            also={index[n]: names for n, names in self._also.items() if n in index},
         )
