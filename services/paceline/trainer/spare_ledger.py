@@ -6,7 +6,7 @@ figures.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping
 
 from paceline.trainer.spare import Grant, Moment
@@ -22,7 +22,7 @@ class SpareLedger:
         """Core seconds of training."""
         self.num_yields = 0
         """Times that a running grant was taken back."""
-        self._seconds: Counter[str] = Counter()
+        self._seconds: dict[str, float] = defaultdict(float)
         self._last: tuple[Moment, Grant] | None = None
 
     def note(self, moment: Moment, grant: Grant) -> None:

@@ -85,8 +85,6 @@ class EngineBridge:
         """Receives lookup, loaded and saved events; set by KvLink."""
         self.on_load: Callable[[], None] = lambda: None
         """Hears that the load changed, or is about to."""
-        self.on_draft_state: Callable[[DraftState], None] = lambda state: None
-        """Receives what the engine drafts with, after a change."""
         self.on_learnings: Callable[[Sequence[Sample], Sequence[SequenceOutcome]], None] = (
             lambda samples, outcomes: None
         )
