@@ -1,13 +1,13 @@
 """A draft on disk: a Hugging Face checkpoint with the target's tokenizer and a card.
 
 The directory loads wherever its target loads. It appears whole or not at all: everything is
-written beside it and moved. What is borrowed from the target is here too.
+written beside it and moved. What is borrowed from the target is here too. A draft that was loaded
+keeps its configuration and its format when it is saved again.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from paceline.domain.errors import InvalidRequestError
-from paceline.engine.models.config import ModelConfig, UnsupportedModelError
+from paceline.engine.models.config import ModelConfig, UnsupportedModelError, load_model_config
 from paceline.engine.weights import load_tensors
 from paceline.trainer.decoder import DraftModel, DraftShape
+from paceline.trainer.files import write_json, write_tensors
 
 CARD = "paceline_draft.json"
 """Name of the file that says how a draft was made."""
@@ -32,6 +32,38 @@ TOKENIZER_FILES = (
 
 _PROJECTION_ROWS = 16384
 """Tokens from which the main directions of an embedding are taken; enough for any width."""
+
+
+_FORMATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def load_draft(directory: Path) -> DraftModel:
+    """Load a draft to train it; its weights become float32.
+
+    Raises:
+        UnsupportedModelError: the engine could not draft with it; says why.
+    """
+    config = load_model_config(directory)
+    model = DraftModel(DraftShape.of_config(config))
+    model.raw_config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    wanted = dict(model.named_parameters())
+    for name, tensor in load_tensors(directory):
+        is_derived = name.endswith("rotary_emb.inv_freq")
+        if is_derived or (name == "lm_head.weight" and config.tie_embeddings):
+            continue
+        parameter = wanted.pop(name, None)
+        if parameter is None:
+            raise UnsupportedModelError(f"tensor {name} is unknown, or there twice")
+        if parameter.shape != tensor.shape or tensor.dtype not in _FORMATS:
+            raise UnsupportedModelError(
+                f"tensor {name}: {tensor.dtype} {tuple(tensor.shape)},"
+                f" expected {tuple(parameter.shape)}"
+            )
+        parameter.data.copy_(tensor)
+        model.weight_dtype = tensor.dtype
+    if wanted:
+        raise UnsupportedModelError(f"tensor {min(wanted)} is missing from the checkpoint")
+    return model
 
 
 def target_head(directory: Path) -> torch.Tensor:
@@ -87,24 +119,32 @@ def save_draft(
 ) -> None:
     """Write a draft as `out`; one that is there is replaced, files beside it (a README) stay.
 
+    Args:
+        model: of the target's vocabulary.
+        target: directory whose tokenizer is taken: the target's, or that of an earlier draft.
+        config: of `target`.
+        out: directory to make.
+        card: how it was made.
+
     Raises:
         OSError: it cannot be written; nothing is left behind.
     """
     staging = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         tensors = {
-            name: tensor.detach().to(torch.bfloat16).contiguous()
-            for name, tensor in model.state_dict().items()
+            name: tensor.to(model.weight_dtype) for name, tensor in model.named_parameters()
         }
-        save_file(tensors, staging / "model.safetensors", metadata={"format": "pt"})
-        _write_json(staging / "config.json", _config(model.shape, target, config))
-        _write_json(staging / CARD, card)
-        for name in TOKENIZER_FILES:
+        write_tensors(staging / "model.safetensors", tensors)
+        write_json(
+            staging / "config.json", model.raw_config or _config(model.shape, target, config)
+        )
+        write_json(staging / CARD, card)
+        generation = () if model.raw_config is None else ("generation_config.json",)
+        for name in (*TOKENIZER_FILES, *generation):
             if (target / name).is_file():
                 shutil.copyfile(target / name, staging / name)
-        # Both are made for their owner only.
+        # It is made for its owner only.
         staging.chmod(0o755)
-        (staging / "model.safetensors").chmod(0o644)
         _replace(staging, out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -157,11 +197,3 @@ def _config(shape: DraftShape, target: Path, config: ModelConfig) -> dict[str, A
         "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
         "pad_token_id": raw.get("pad_token_id"),
     }
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(values, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())

@@ -1,8 +1,9 @@
-"""The draft as a plain torch module: a small Llama decoder that can be trained.
+"""The draft as a plain torch module: a small decoder of the Llama family that can be trained.
 
-Its parameters have the names and shapes of a Hugging Face checkpoint (LlamaForCausalLM with tied
-embeddings), so saving is writing them down; checkpoint.py does it. The engine serves what comes
-out with its own decoder. train.py steps it, create.py makes it.
+Its parameters have the names and shapes of a Hugging Face checkpoint, so loading and saving are
+reading and writing them; checkpoint.py does it. Whatever the engine drafts with can be trained:
+the switches are those of engine/models/config.py. A draft made here is a Llama with tied
+embeddings. train.py and learner.py step it, create.py makes it.
 
 Shape legend: B rows, T tokens of a row, E hidden size, H query heads, K key/value heads,
 D head size, V vocabulary.
@@ -11,11 +12,15 @@ D head size, V vocabulary.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from paceline.engine.models.config import ModelConfig, rope_frequencies
 
 _INIT_STD = 0.02
 
@@ -34,24 +39,45 @@ class DraftShape:
     max_context_tokens: int
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-6
+    rope: dict[str, Any] = field(default_factory=lambda: {"rope_type": "default"})
+    """Scaling, as in ModelConfig."""
+    windows: tuple[int | None, ...] = ()
+    """Sliding window per layer; empty for none in any."""
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    has_qk_norm: bool = False
+    tie_embeddings: bool = True
+
+    @classmethod
+    def of_config(cls, config: ModelConfig) -> DraftShape:
+        """Return the shape of a checkpoint."""
+        return cls(**{name: getattr(config, name) for name in cls.__dataclass_fields__})
 
     @property
     def num_parameters(self) -> int:
-        """Number of weights, those of the tied embedding counted once."""
+        """Number of weights of one without biases, those of a tied embedding counted once."""
         hidden, inner = self.hidden_size, self.intermediate_size
         heads = 2 * self.num_heads + 2 * self.num_kv_heads
         layer = hidden * (heads * self.head_dim + 3 * inner + 2)
-        return hidden * (self.vocab_size + 1) + self.num_layers * layer
+        ends = 1 if self.tie_embeddings else 2
+        return hidden * (ends * self.vocab_size + 1) + self.num_layers * layer
 
 
 class DraftModel(nn.Module):
-    """A Llama decoder with tied embeddings (Touvron et al. 2023)."""
+    """A decoder of the Llama family (Touvron et al. 2023)."""
 
     def __init__(self, shape: DraftShape) -> None:
         """Start from small random weights, by torch's global generator."""
         super().__init__()
         self.shape = shape
+        self.raw_config: Mapping[str, Any] | None = None
+        """Of the checkpoint it was loaded from, in transformers' words; None for a new one."""
+        self.weight_dtype = torch.bfloat16
+        """In which it is saved."""
         self.model = _Body(shape)
+        if not shape.tie_embeddings:
+            self.lm_head = nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
         scale = _INIT_STD / math.sqrt(2 * shape.num_layers)
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1:
@@ -74,7 +100,9 @@ class DraftModel(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the logits of hidden states, [..., E] to [..., V]."""
-        return F.linear(hidden, self.model.embed_tokens.weight)
+        tied = self.shape.tie_embeddings
+        head = self.model.embed_tokens.weight if tied else self.lm_head.weight
+        return F.linear(hidden, head)
 
 
 class _Body(nn.Module):
@@ -85,8 +113,9 @@ class _Body(nn.Module):
         self.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
         self.layers = nn.ModuleList(_Layer(shape) for _ in range(shape.num_layers))
         self.norm = nn.RMSNorm(shape.hidden_size, shape.rms_norm_eps)
-        exponents = torch.arange(0, shape.head_dim, 2).float() / shape.head_dim
-        self.register_buffer("frequencies", shape.rope_theta**-exponents, persistent=False)
+        self._windows = shape.windows or (None,) * shape.num_layers
+        frequencies = rope_frequencies(shape.head_dim, shape.rope_theta, shape.rope)
+        self.register_buffer("frequencies", frequencies, persistent=False)
 
     def forward(
         self, tokens_BT: torch.Tensor, positions_BT: torch.Tensor, visible_BTT: torch.Tensor
@@ -95,8 +124,11 @@ class _Body(nn.Module):
         angles = torch.cat((angles, angles), dim=-1)
         cos_sin = angles.cos(), angles.sin()
         x_BTE = self.embed_tokens(tokens_BT)
-        for layer in self.layers:
-            x_BTE = layer(x_BTE, cos_sin, visible_BTT[:, None])
+        # Tokens of a text stand side by side, so distances of positions are those of places.
+        distances_BTT = positions_BT[:, :, None] - positions_BT[:, None, :]
+        for layer, window in zip(self.layers, self._windows, strict=True):
+            seen = visible_BTT if window is None else visible_BTT & (distances_BTT < window)
+            x_BTE = layer(x_BTE, cos_sin, seen[:, None])
         out_BTE: torch.Tensor = self.norm(x_BTE)
         return out_BTE
 
@@ -125,10 +157,14 @@ class _Attention(nn.Module):
         super().__init__()
         hidden, size = shape.hidden_size, shape.head_dim
         self._head_dim = size
-        self.q_proj = nn.Linear(hidden, shape.num_heads * size, bias=False)
-        self.k_proj = nn.Linear(hidden, shape.num_kv_heads * size, bias=False)
-        self.v_proj = nn.Linear(hidden, shape.num_kv_heads * size, bias=False)
-        self.o_proj = nn.Linear(shape.num_heads * size, hidden, bias=False)
+        self.q_proj = nn.Linear(hidden, shape.num_heads * size, bias=shape.qkv_bias)
+        self.k_proj = nn.Linear(hidden, shape.num_kv_heads * size, bias=shape.qkv_bias)
+        self.v_proj = nn.Linear(hidden, shape.num_kv_heads * size, bias=shape.qkv_bias)
+        self.o_proj = nn.Linear(shape.num_heads * size, hidden, bias=shape.o_bias)
+        self.q_norm, self.k_norm = (
+            nn.RMSNorm(size, shape.rms_norm_eps) if shape.has_qk_norm else nn.Identity()
+            for _ in range(2)
+        )
 
     def forward(
         self,
@@ -141,8 +177,8 @@ class _Attention(nn.Module):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         out_BHTD = F.scaled_dot_product_attention(
-            _rotate(q_BHTD, *cos_sin),
-            _rotate(k_BKTD, *cos_sin),
+            _rotate(self.q_norm(q_BHTD), *cos_sin),
+            _rotate(self.k_norm(k_BKTD), *cos_sin),
             v_BKTD,
             attn_mask=visible_B1TT,
             enable_gqa=True,
@@ -155,9 +191,9 @@ class _Mlp(nn.Module):
     def __init__(self, shape: DraftShape) -> None:
         super().__init__()
         hidden, inner = shape.hidden_size, shape.intermediate_size
-        self.gate_proj = nn.Linear(hidden, inner, bias=False)
-        self.up_proj = nn.Linear(hidden, inner, bias=False)
-        self.down_proj = nn.Linear(inner, hidden, bias=False)
+        self.gate_proj = nn.Linear(hidden, inner, bias=shape.mlp_bias)
+        self.up_proj = nn.Linear(hidden, inner, bias=shape.mlp_bias)
+        self.down_proj = nn.Linear(inner, hidden, bias=shape.mlp_bias)
 
     def forward(self, x_BTE: torch.Tensor) -> torch.Tensor:
         out_BTE: torch.Tensor = self.down_proj(F.silu(self.gate_proj(x_BTE)) * self.up_proj(x_BTE))

@@ -17,6 +17,9 @@ import torch
 _LEAST = 1e-6
 """Below this a mass counts as none; keeps logarithms finite."""
 
+_LK_DECAY = 3.0
+"""How fast the share of KL falls with acceptance; the paper's choice."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TargetProbs:
@@ -63,8 +66,41 @@ def total_variation(logits_NV: torch.Tensor, target: TargetProbs) -> torch.Tenso
     return 1.0 - named_N - torch.minimum(target.tail_N, 1.0 - q_NK.sum(-1))
 
 
+def reverse_kl(logits_NV: torch.Tensor, target: TargetProbs) -> torch.Tensor:
+    """KL(q || p), the tail as one event: mass where the target has little costs most.
+
+    What the target gives no mass counts as if it gave 1e-6, which bounds the loss.
+    """
+    log_q_NK = logits_NV.log_softmax(-1).gather(-1, target.token_ids_NK)
+    q_NK = log_q_NK.exp()
+    named_N = (q_NK * (log_q_NK - target.probs_NK.clamp_min(_LEAST).log())).sum(-1)
+    rest_N = (1.0 - q_NK.sum(-1)).clamp_min(_LEAST)
+    return named_N + rest_N * (rest_N.log() - target.tail_N.clamp_min(_LEAST).log())
+
+
+def lk(logits_NV: torch.Tensor, target: TargetProbs) -> torch.Tensor:
+    """KL(p || q) where little is accepted, the refused share itself where much is.
+
+    The hybrid of "LK losses" (arXiv 2602.23881): lambda KL + (1 - lambda) (1 - a) with
+    lambda = exp(-3 a) for the acceptance a of the position, which gets no gradient through lambda.
+    KL shows the way where total variation is flat; total variation is what counts in the end.
+    """
+    refused_N = total_variation(logits_NV, target)
+    lambda_N = (_LK_DECAY * (refused_N.detach() - 1.0)).exp()
+    kl_N = forward_kl(logits_NV, target) - _entropy(target)
+    return lambda_N * kl_N + (1.0 - lambda_N) * refused_N
+
+
+def _entropy(target: TargetProbs) -> torch.Tensor:
+    """Entropy of the target's named tokens and its tail as one event, [N]."""
+    named_N = torch.special.entr(target.probs_NK).sum(-1)
+    return named_N + torch.special.entr(target.tail_N)
+
+
 LOSSES: dict[str, Loss] = {
     "forward-kl": forward_kl,
     "cross-entropy": cross_entropy,
     "total-variation": total_variation,
+    "reverse-kl": reverse_kl,
+    "lk": lk,
 }

@@ -1,7 +1,8 @@
 """Texts with what the target thought at each of their positions, and batches of them.
 
 Samples of live traffic have the same form: verification knows the target's likeliest tokens at
-every position it computed. Writer fills it, train.py reads batches, evaluate.py held-out texts.
+every position it computed (samples.py). Writer fills it, train.py reads batches, evaluate.py
+held-out texts.
 
 Shape legend: T tokens of a text, K named tokens, B rows, R tokens of a row, N positions that are
 learned from.
@@ -18,7 +19,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -40,12 +41,37 @@ class Text:
     """How much a position counts; 0 where the target was not asked."""
     temperature: float = 1.0
     """At which its answer was drawn."""
+    first: int = 0
+    """Position of the first row of the two arrays above; earlier positions have no weight."""
+    origins_T: npt.NDArray[np.uint8] | None = None
+    """How the token behind each position came about (TokenOrigin); None where nobody noted it."""
+    domain: str = ""
+    """What kind of text it is."""
 
     @property
     def nbytes(self) -> int:
         """Memory it takes."""
-        arrays = (self.tokens_T, self.top_ids_TK, self.top_logprobs_TK, self.weights_T)
+        arrays = [self.tokens_T, self.top_ids_TK, self.top_logprobs_TK, self.weights_T]
+        if self.origins_T is not None:
+            arrays.append(self.origins_T)
         return sum(array.nbytes for array in arrays)
+
+    def window(self, begin: int, end: int) -> Text:
+        """Return the tokens from `begin` up to `end` as a text of its own, without copying.
+
+            tokens    [ . . begin . . . first . . end . . ]
+            rows                        [ . . . . . . . ]
+        """
+        rows = slice(max(0, begin - self.first), max(0, end - self.first))
+        return replace(
+            self,
+            tokens_T=self.tokens_T[begin:end],
+            top_ids_TK=self.top_ids_TK[rows],
+            top_logprobs_TK=self.top_logprobs_TK[rows],
+            weights_T=self.weights_T[begin:end],
+            first=max(0, self.first - begin),
+            origins_T=None if self.origins_T is None else self.origins_T[begin:end],
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -145,8 +171,11 @@ def pack(rows: Sequence[Sequence[Text]], row_tokens: int) -> Batch:
 
 
 def _target_probs(picked: Sequence[tuple[Text, npt.NDArray[np.int64]]]) -> TargetProbs:
-    ids_NK = np.concatenate([text.top_ids_TK[places] for text, places in picked])
-    logprobs_NK = np.concatenate([text.top_logprobs_TK[places] for text, places in picked])
+    # A capture may have been set to name fewer tokens; the rest of the others joins their tail.
+    top = min(text.top_ids_TK.shape[1] for text, _ in picked)
+    rows = [(text, places - text.first) for text, places in picked]
+    ids_NK = np.concatenate([text.top_ids_TK[row, :top] for text, row in rows])
+    logprobs_NK = np.concatenate([text.top_logprobs_TK[row, :top] for text, row in rows])
     drawn_N = np.concatenate([text.tokens_T[places + 1] for text, places in picked])
     return TargetProbs(
         torch.from_numpy(ids_NK.astype(np.int64)),

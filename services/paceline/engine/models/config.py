@@ -183,19 +183,25 @@ class _Keys:
 
 
 def rope_table(config: ModelConfig, num_positions: int) -> torch.Tensor:
-    """Return cosines and sines per position, float32 [C, 2, D].
-
-    Frequencies follow Su et al. 2021; "llama3" smooths them as in the Llama 3.1 release.
-    """
-    half = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float()
-    frequencies = 1.0 / (config.rope_theta ** (half / config.head_dim))
-    if config.rope["rope_type"] == "linear":
-        frequencies = frequencies / config.rope["factor"]
-    elif config.rope["rope_type"] == "llama3":
-        frequencies = _llama3(frequencies, config.rope)
+    """Return cosines and sines per position, float32 [C, 2, D]."""
+    frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope)
     angles = torch.outer(torch.arange(num_positions).float(), frequencies)
     angles = torch.cat((angles, angles), dim=-1)
     return torch.stack((angles.cos(), angles.sin()), dim=1)
+
+
+def rope_frequencies(head_dim: int, rope_theta: float, rope: dict[str, Any]) -> torch.Tensor:
+    """Return the angle per position of each pair of elements, float32 [D / 2].
+
+    They follow Su et al. 2021; "llama3" smooths them as in the Llama 3.1 release.
+    """
+    half = torch.arange(0, head_dim, 2, dtype=torch.int64).float()
+    frequencies = 1.0 / (rope_theta ** (half / head_dim))
+    if rope["rope_type"] == "linear":
+        return frequencies / rope["factor"]
+    if rope["rope_type"] == "llama3":
+        return _llama3(frequencies, rope)
+    return frequencies
 
 
 def _llama3(frequencies: torch.Tensor, rope: dict[str, Any]) -> torch.Tensor:
