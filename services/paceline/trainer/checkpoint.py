@@ -131,9 +131,7 @@ def save_draft(
     """
     staging = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        tensors = {
-            name: tensor.to(model.weight_dtype) for name, tensor in model.named_parameters()
-        }
+        tensors = {name: tensor.to(model.weight_dtype) for name, tensor in model.named_parameters()}
         write_tensors(staging / "model.safetensors", tensors)
         write_json(
             staging / "config.json", model.raw_config or _config(model.shape, target, config)

@@ -93,8 +93,9 @@ def lk(logits_NV: torch.Tensor, target: TargetProbs) -> torch.Tensor:
 
 def _entropy(target: TargetProbs) -> torch.Tensor:
     """Entropy of the target's named tokens and its tail as one event, [N]."""
-    named_N = torch.special.entr(target.probs_NK).sum(-1)
-    return named_N + torch.special.entr(target.tail_N)
+    entropy_N: torch.Tensor = torch.special.entr(target.probs_NK).sum(-1)
+    entropy_N += torch.special.entr(target.tail_N)
+    return entropy_N
 
 
 LOSSES: dict[str, Loss] = {

@@ -24,7 +24,7 @@ _SUM_TOLERANCE = 0.02
 """By which a distribution in float16 may miss 1: 64 roundings of up to 2^-12 stay below it."""
 
 
-def text_of(sample: Sample, vocab_size: int, domain: str = "") -> Text:
+def text_of(sample: Sample, vocab_size: int) -> Text:
     """Return a sample as a text in which every captured token counts alike.
 
     Positions start at 0 with its context, wherever it stood: rotary embeddings see distances only.
@@ -64,7 +64,7 @@ def text_of(sample: Sample, vocab_size: int, domain: str = "") -> Text:
         sample.temperature,
         first,
         origins_T,
-        domain or sample.domain,
+        sample.domain,
     )
 
 
@@ -90,4 +90,4 @@ def _check_probs(probs_NK: npt.NDArray[np.float32], tail_N: npt.NDArray[np.float
         raise ValueError("top_probs: not best first")
     sums_N = probs_NK.sum(-1) + tail_N
     if np.abs(sums_N - 1.0).max() > _SUM_TOLERANCE:
-        raise ValueError(f"top_probs: {sums_N.min():.3f} to {sums_N.max():.3f} with the tail, not 1")
+        raise ValueError(f"top_probs: with the tail {sums_N.min():.3f} to {sums_N.max():.3f}")

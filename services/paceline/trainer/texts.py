@@ -51,16 +51,15 @@ class Text:
     @property
     def nbytes(self) -> int:
         """Memory it takes."""
-        arrays = [self.tokens_T, self.top_ids_TK, self.top_logprobs_TK, self.weights_T]
-        if self.origins_T is not None:
-            arrays.append(self.origins_T)
-        return sum(array.nbytes for array in arrays)
+        arrays = (self.tokens_T, self.top_ids_TK, self.top_logprobs_TK, self.weights_T)
+        origins = 0 if self.origins_T is None else self.origins_T.nbytes
+        return sum(array.nbytes for array in arrays) + origins
 
     def window(self, begin: int, end: int) -> Text:
         """Return the tokens from `begin` up to `end` as a text of its own, without copying.
 
-            tokens    [ . . begin . . . first . . end . . ]
-            rows                        [ . . . . . . . ]
+        tokens    [ . . begin . . . first . . end . . ]
+        rows                        [ . . . . . . . ]
         """
         rows = slice(max(0, begin - self.first), max(0, end - self.first))
         return replace(

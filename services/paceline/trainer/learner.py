@@ -1,0 +1,332 @@
+"""Learns from live traffic in micro-steps: a draft, its optimiser, what it has seen.
+
+A micro-step is one forward and backward over a few texts, or a part of an optimiser step; each
+lasts as long as it was given, so whoever holds this can stop between two (learner_process.py).
+Gradients add up until `batch_tokens`, then one step is taken (sliced_adamw.py). guard.py brings
+good weights back when learning goes wrong.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from paceline.domain.learnings import Sample
+from paceline.engine.models.config import UnsupportedModelError, load_model_config
+from paceline.trainer.checkpoint import load_draft, save_draft
+from paceline.trainer.decoder import DraftModel
+from paceline.trainer.domains import Domains
+from paceline.trainer.guard import Guard
+from paceline.trainer.judging import Judged, judge_all
+from paceline.trainer.learner_options import LearnerOptions
+from paceline.trainer.losses import LOSSES
+from paceline.trainer.micro_batches import MicroBatches, Pace
+from paceline.trainer.replay import ReplayBuffer
+from paceline.trainer.samples import text_of
+from paceline.trainer.sliced_adamw import NotFiniteError, SlicedAdamW
+from paceline.trainer.texts import Batch, Text
+from paceline.trainer.train import learned_logits
+
+logger = logging.getLogger(__name__)
+
+_RESTORED_RATE = 0.5
+"""Of the learning rate, after good weights had to be brought back."""
+
+
+@dataclass(slots=True)
+class Counters:
+    """What a learner did; survives restarts."""
+
+    num_micro_steps: int = 0
+    num_steps: int = 0
+    """Of the optimiser."""
+    num_tokens: int = 0
+    """Learned from, each time."""
+    num_samples: int = 0
+    """That were fed and sound."""
+    num_corrupt: int = 0
+    """That were fed and dropped."""
+    num_skipped: int = 0
+    """Batches dropped for a loss or gradient that was not finite."""
+    num_restored: int = 0
+    """Times that the last good weights came back."""
+    trained_s: float = 0.0
+    last_loss: float = 0.0
+    """Mean over the last optimiser step's positions."""
+    last_micro_step_s: float = 0.0
+    steps_since_reset: int = 0
+    rate_ratio: float = 1.0
+    """Of the learning rate; halved when weights had to be restored, 1 again after a reset."""
+    samples_by_domain: Counter[str] = field(default_factory=Counter)
+
+
+class OnlineLearner:
+    """One draft that learns. Not for threads."""
+
+    def __init__(
+        self, options: LearnerOptions, monotonic: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Start from the options' draft.
+
+        Raises:
+            UnsupportedModelError: it cannot be trained.
+            KeyError: there is no such loss or choice of positions.
+        """
+        self.options = options
+        self.counters = Counters()
+        self.model = load_draft(Path(options.draft))
+        self.replay = ReplayBuffer(
+            options.replay_bytes, seed=options.seed, held_out_every=options.held_out_every
+        )
+        self._source = Path(options.draft)
+        self._monotonic = monotonic
+        self._loss = LOSSES[options.loss]
+        self._domains = Domains()
+        self._batches = MicroBatches(self.replay, options.positions, options.recent_ratio)
+        self._optimiser = SlicedAdamW(self.model, options.weight_decay, options.max_grad_norm)
+        self._guard = Guard(self.model, options.spike_ratio, options.spike_steps)
+        self._pace = Pace()
+        self._under_way: Iterator[None] | None = None
+        """An optimiser step that was begun."""
+        self._drop_gradient()
+
+    # -- traffic --------------------------------------------------------------------------
+
+    def feed(self, sample: Sample) -> None:
+        """Take a sample in.
+
+        Raises:
+            ValueError: it is corrupt, and counted; says how.
+        """
+        try:
+            text = text_of(sample, self.model.shape.vocab_size)
+        except ValueError:
+            self.counters.num_corrupt += 1
+            raise
+        if not text.domain:
+            text = replace(text, domain=self._domains.name(sample))
+        self.replay.add(text)
+        self.counters.num_samples += 1
+        # As the buffer does: labels are the clients' choice, so their number is bounded.
+        self.counters.samples_by_domain[self.replay.shelf_of(text.domain)] += 1
+
+    # -- learning -------------------------------------------------------------------------
+
+    def micro_step(self, deadline_s: float) -> bool:
+        """Learn for at most `micro_step_s`, ending before the deadline of the clock.
+
+        Returns whether anything was done; there may be no samples, or too little time.
+        """
+        begun_s = self._monotonic()
+        seconds = min(self.options.micro_step_s, deadline_s - begun_s)
+        if seconds <= 0.0:
+            return False
+        if self._under_way is not None:
+            self._advance(begun_s + seconds)
+        elif not self._accumulate(seconds, begun_s):
+            return False
+        took_s = self._monotonic() - begun_s
+        self.counters.num_micro_steps += 1
+        self.counters.trained_s += took_s
+        self.counters.last_micro_step_s = took_s
+        return True
+
+    def settle(self) -> None:
+        """End an optimiser step that was begun, so that the weights can be read."""
+        if self._under_way is not None:
+            self._advance(float("inf"))
+
+    def _accumulate(self, seconds: float, begun_s: float) -> bool:
+        options = self.options
+        num_tokens = options.micro_tokens or self._pace.tokens_for(seconds, options.batch_tokens)
+        if num_tokens == 0:
+            self._pace.hope()
+            return False
+        batch = self._batches.draw(num_tokens, options.seed + self.counters.num_micro_steps)
+        if batch is None:
+            return False
+        self._learn(batch)
+        if options.micro_tokens is None:
+            self._pace.note(batch.num_tokens, self._monotonic() - begun_s)
+        if self._batch_tokens >= options.batch_tokens:
+            self._under_way = self._step()
+        return True
+
+    def _learn(self, batch: Batch) -> None:
+        self.counters.num_tokens += batch.num_tokens
+        loss_N = self._loss(learned_logits(self.model, batch), batch.target)
+        loss = (loss_N * batch.weights_N).sum()
+        value = float(loss.detach())
+        if not abs(value) < float("inf"):
+            self._skip("loss-not-finite")
+            return
+        loss.backward()
+        self._loss_sum += value
+        self._weight_sum += float(batch.weights_N.sum())
+        self._batch_tokens += batch.num_tokens
+
+    def _advance(self, until_s: float) -> None:
+        assert self._under_way is not None
+        try:
+            for _ in self._under_way:
+                if self._monotonic() >= until_s:
+                    return
+        except NotFiniteError:
+            self._skip("gradient-not-finite")
+        self._under_way = None
+
+    def _step(self) -> Iterator[None]:
+        counters, options = self.counters, self.options
+        loss = self._loss_sum / self._weight_sum
+        if self._guard.note(loss):
+            self._restore("loss-spike", loss)
+            return
+        rise = min(1.0, (counters.steps_since_reset + 1) / max(1, options.warm_up_steps))
+        rate = options.learning_rate * counters.rate_ratio * rise
+        yield from self._optimiser.step(rate, 1.0 / self._weight_sum)
+        counters.num_steps += 1
+        counters.steps_since_reset += 1
+        counters.last_loss = loss
+        self._drop_gradient()
+        if counters.num_steps % options.snapshot_steps == 0:
+            if not self._guard.is_sound():
+                self._restore("weights-not-finite", loss)
+                return
+            yield from self._guard.keep()
+
+    def _skip(self, reason: str) -> None:
+        """Drop a batch; if the weights are to blame, bring good ones back."""
+        self.counters.num_skipped += 1
+        self._drop_gradient()
+        logger.warning("batch-skipped", extra={"fields": {"reason": reason}})
+        if not self._guard.is_sound():
+            self._restore("weights-not-finite", float("nan"))
+
+    def _restore(self, reason: str, loss: float) -> None:
+        self._guard.restore()
+        self._optimiser.reset()
+        self._drop_gradient()
+        self.counters.num_restored += 1
+        self.counters.rate_ratio *= _RESTORED_RATE
+        fields = {"reason": reason, "loss": loss, "rate_ratio": self.counters.rate_ratio}
+        logger.warning("weights-restored", extra={"fields": fields})
+
+    def _drop_gradient(self) -> None:
+        self._optimiser.zero_grad()
+        self._loss_sum, self._weight_sum, self._batch_tokens = 0.0, 0.0, 0
+
+    # -- results --------------------------------------------------------------------------
+
+    def export(self, directory: Path, card: Mapping[str, Any] | None = None) -> None:
+        """Write the draft as it is now.
+
+        Raises:
+            OSError: it cannot be written, and nothing was.
+        """
+        self.settle()
+        figures = asdict(self.counters)
+        save_draft(
+            self.model,
+            self._source,
+            load_model_config(self._source),
+            directory,
+            {"format": 1, **(card or {}), "learned": figures},
+        )
+
+    def judging(
+        self, incumbent: Path, candidate: Path | None = None
+    ) -> Iterator[tuple[Text, tuple[Judged, ...]]]:
+        """Yield every held-out text with (candidate, incumbent) on it, domain after domain.
+
+        The candidate is the draft as it is now, so nothing may be learned in between, unless a
+        directory is given.
+
+        Raises:
+            UnsupportedModelError: a draft cannot be loaded.
+        """
+        self.settle()
+        mine = self.model if candidate is None else load_draft(candidate)
+        models: tuple[DraftModel, ...] = (mine, load_draft(incumbent))
+        texts = [text for domain in self.replay.domains for text in self.replay.held_out(domain)]
+        return judge_all(models, texts)
+
+    def reset(self, directory: Path) -> None:
+        """Go on from another checkpoint, with what was seen but without what was learned.
+
+        Raises:
+            UnsupportedModelError: it cannot be trained, or is of another shape.
+        """
+        other = load_draft(directory)
+        copy_weights(other, self.model)
+        self.model.raw_config, self.model.weight_dtype = other.raw_config, other.weight_dtype
+        self._source = directory
+        self._under_way = None
+        self._drop_gradient()
+        self._optimiser.reset()
+        self._guard.reset()
+        self.counters.steps_since_reset, self.counters.rate_ratio = 0, 1.0
+
+    # -- state ----------------------------------------------------------------------------
+
+    def state(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
+        """Return all that `restore` needs: tensors by file, and JSON values."""
+        self.settle()
+        replay, replay_values = self.replay.state()
+        moments, num_moments = self._optimiser.state()
+        domains = {n: torch.from_numpy(a) for n, a in self._domains.to_arrays().items()}
+        tensors = {
+            "weights": {name: p.data for name, p in self.model.named_parameters()},
+            "moments": moments,
+            "replay": replay,
+            "domains": domains,
+        }
+        return tensors, {
+            "source": str(self._source),
+            "counters": asdict(self.counters),
+            "optimiser_steps": num_moments,
+            "replay": replay_values,
+        }
+
+    def restore(
+        self, tensors: Mapping[str, Mapping[str, torch.Tensor]], values: Mapping[str, Any]
+    ) -> None:
+        """Take over a state; a learner for which this raises must not be used.
+
+        Raises:
+            ValueError, KeyError, TypeError: it is none, or that of another draft.
+        """
+        counters = Counters(**values["counters"])
+        counters.samples_by_domain = Counter(counters.samples_by_domain)
+        for name, parameter in self.model.named_parameters():
+            other = tensors["weights"][name]
+            if other.shape != parameter.shape:
+                raise ValueError(f"weights of {name}: {tuple(other.shape)}")
+            parameter.data.copy_(other)
+        if not self._guard.is_sound():
+            raise ValueError("weights that are not finite")
+        self._optimiser.restore(tensors["moments"], int(values["optimiser_steps"]))
+        self.replay.restore(tensors["replay"], values["replay"])
+        arrays = {name: tensor.numpy() for name, tensor in tensors["domains"].items()}
+        self._domains = Domains.from_arrays(arrays)
+        self._guard.reset()
+        self.counters = counters
+
+
+def copy_weights(source: DraftModel, into: DraftModel) -> None:
+    """Copy the weights of a model of the same shape.
+
+    Raises:
+        UnsupportedModelError: it has another one.
+    """
+    if source.shape != into.shape:
+        raise UnsupportedModelError(f"a draft of shape {source.shape}, expected {into.shape}")
+    with torch.no_grad():
+        for mine, other in zip(into.parameters(), source.parameters(), strict=True):
+            mine.data.copy_(other)

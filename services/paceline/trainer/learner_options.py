@@ -1,0 +1,63 @@
+"""How a learner learns: plain values that travel to its process. No torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class LearnerOptions:
+    """Options of one learner."""
+
+    draft: str
+    """Directory of the checkpoint to start from, tokenizer included."""
+    state: str = ""
+    """Directory where the state is kept; empty keeps none."""
+    seed: int = 0
+    """Of the order in which samples are met."""
+    loss: str = "forward-kl"
+    """Name of a loss (losses.py)."""
+    positions: str = "all"
+    """Name of a choice of positions (positions.py)."""
+    learning_rate: float = 1e-3
+    """Constant after warm-up, as traffic has no end."""
+    warm_up_steps: int = 8
+    """Optimiser steps in which the rate rises, from the start and from every reset: the
+    optimiser's moments are empty then."""
+    weight_decay: float = 0.0
+    """Of matrices; online learning stays near the draft it came from without (OSD)."""
+    max_grad_norm: float = 1.0
+    batch_tokens: int = 2048
+    """Tokens of text behind one optimiser step."""
+    micro_step_s: float = 0.025
+    """Longest time between two looks at the socket; well below the 50 ms in which a pause has
+    to be obeyed."""
+    micro_tokens: int | None = None
+    """Tokens of every micro-step; None fits them to `micro_step_s` by measurement."""
+    replay_bytes: int = 64 << 20
+    """Memory for samples; some 250,000 tokens with 32 named of each distribution."""
+    recent_ratio: float = 0.5
+    """Share of what is learned that is drawn from the last traffic; the rest is drawn from all
+    domains alike, so that none is forgotten."""
+    held_out_every: int = 8
+    """One context in so many is kept for judging."""
+    spike_ratio: float = 3.0
+    """Loss over its running median that counts as a spike."""
+    spike_steps: int = 4
+    """Spikes in a row after which the last good weights come back."""
+    snapshot_steps: int = 32
+    """Optimiser steps between two copies of good weights."""
+
+    def to_json(self) -> str:
+        """Return one line of JSON."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> LearnerOptions:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError, TypeError: it is none.
+        """
+        return cls(**json.loads(text))
