@@ -49,6 +49,7 @@ class Metrics:
         self._declare_capture()
         self._declare_kv_node()
         self._declare_draft_link()
+        self._declare_training()
 
     def watch_loop(self, loop: asyncio.AbstractEventLoop) -> None:
         """Report the tasks of a loop; counted when scraped, on the scraping thread."""
@@ -215,6 +216,66 @@ class Metrics:
         )
         self.draft_outcomes_dropped = self._counter(
             "draft_outcomes_dropped", "Outcomes of sequences that no trainer heard of in time"
+        )
+
+    def _declare_training(self) -> None:
+        """Declare what the trainer learns, decides and spends."""
+        self.trainer_samples = self._counter("trainer_samples", "Samples taken in")
+        self.trainer_corrupt_samples = self._counter(
+            "trainer_corrupt_samples", "Samples dropped as corrupt"
+        )
+        self.trainer_micro_steps = self._counter("trainer_micro_steps", "Micro-steps of training")
+        self.trainer_steps = self._counter("trainer_steps", "Optimiser steps")
+        self.trainer_tokens = self._counter("trainer_tokens", "Tokens learned from, each time")
+        self.trainer_trained_seconds = self._counter(
+            "trainer_trained_seconds", "Seconds spent in micro-steps"
+        )
+        self.trainer_skipped_batches = self._counter(
+            "trainer_skipped_batches", "Batches dropped for numbers that were not finite"
+        )
+        self.trainer_restored_weights = self._counter(
+            "trainer_restored_weights", "Times that the last good weights came back"
+        )
+        self.trainer_save_failures = self._counter(
+            "trainer_save_failures", "Times that the learner's state could not be saved"
+        )
+        self.trainer_loss = self._gauge("trainer_loss", "Loss of the last optimiser step")
+        self.trainer_micro_step_seconds = self._gauge(
+            "trainer_micro_step_seconds", "Duration of the last micro-step"
+        )
+        self.trainer_replay_bytes = self._gauge("trainer_replay_bytes", "Memory of samples kept")
+        self.trainer_granted_threads = self._gauge(
+            "trainer_granted_threads", "Threads that training may use now"
+        )
+        self.trainer_spare_offered_seconds = self._gauge(
+            "trainer_spare_offered_core_seconds", "Core seconds that workers left since the start"
+        )
+        self.trainer_spare_granted_seconds = self._gauge(
+            "trainer_spare_granted_core_seconds", "Core seconds granted to training of those"
+        )
+        self.trainer_spare_share = self._gauge(
+            "trainer_spare_share_ratio", "Part of the spare core seconds granted to training"
+        )
+        self.trainer_yields = self._gauge(
+            "trainer_yields", "Times since the start that a running grant was taken back"
+        )
+        self.trainer_yield_seconds = self._histogram(
+            "trainer_yield_seconds", "Time from taking a grant back to the learner's standstill"
+        )
+        self.draft_decisions = self._counter(
+            "draft_decisions", "Decisions about versions of drafts", "drafter", "stage", "reason"
+        )
+        self.draft_tried_tokens = self._counter(
+            "draft_tried_tokens",
+            "Positions at which a version's token was put to the test",
+            "drafter",
+            "version",
+        )
+        self.draft_accepted_tokens = self._counter(
+            "draft_accepted_tokens",
+            "Positions at which a version's token was accepted",
+            "drafter",
+            "version",
         )
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:

@@ -20,21 +20,29 @@ import grpc
 
 from paceline import __version__
 from paceline.domain.directories import state_directory
+from paceline.domain.drafts import DraftEntry
 from paceline.domain.errors import PacelineError, PreconditionError, UnavailableError
 from paceline.domain.member import Member, Role
 from paceline.engine.checkpoint_files import model_digest
 from paceline.process.lifecycle import Tasks, exit_with_parent, stop_event
 from paceline.process.logs import setup_logging
+from paceline.process.machine import machine_name
 from paceline.process.membership import Heartbeat, Membership
 from paceline.process.metrics import Metrics, serve_metrics
+from paceline.process.sample_stream import SampleStream
 from paceline.rpc.server import create_server
 from paceline.trainer.attendants import Attendants
 from paceline.trainer.conductor import Conductor
 from paceline.trainer.desk import Desk
+from paceline.trainer.idle_cores import IdleCores
+from paceline.trainer.learner_options import LearnerOptions
 from paceline.trainer.offers import Inbox
 from paceline.trainer.registry import Registry
 from paceline.trainer.server import SERVICE_NAME, DraftServicer
 from paceline.trainer.settings import TrainerSettings
+from paceline.trainer.spare import POLICIES, SpareRules
+from paceline.trainer.training import Spare, Training
+from paceline.trainer.trials import TrialRules, Trials
 from paceline.v1 import drafts_pb2_grpc
 
 logger = logging.getLogger("paceline.trainer")
@@ -60,10 +68,13 @@ async def serve(settings: TrainerSettings) -> int:
         digest = await asyncio.to_thread(model_digest, settings.model)
         home = await asyncio.to_thread(open_home, settings, digest)
         attendants = Attendants(metrics)
-        desk = Desk(home.registry, attendants)
+        desk = Desk(home.registry, attendants, lambda store: plan_of(home.registry, settings))
         stack.push_async_callback(desk.close)
-        conductor = Conductor(desk, attendants)
-        floor = await conductor.start(settings.floor)
+        floor = await desk.change(lambda store: store.import_floor(settings.floor))
+        training = _training(settings, digest, home, metrics, stack)
+        rules = TrialRules(steps=settings.candidate_steps)
+        trials = Trials(desk, training, home.directory / "candidates", metrics, rules)
+        conductor = Conductor(attendants, trials, training, machine_name())
         tasks.spawn(conductor.run(), "conductor", is_vital=True)
 
         servicer = DraftServicer(digest, desk, attendants, home.inbox, conductor.offer, metrics)
@@ -97,6 +108,39 @@ async def serve(settings: TrainerSettings) -> int:
         await _leave(membership, member)
     logger.info("stopped", extra={"fields": {"has_crashed": has_crashed}})
     return 1 if has_crashed else 0
+
+
+def plan_of(registry: Registry, settings: TrainerSettings) -> tuple[DraftEntry, ...]:
+    """Return what workers are to draft with."""
+    return registry.plan(canary_share=settings.canary_share, control_share=settings.control_share)
+
+
+def _training(
+    settings: TrainerSettings, digest: str, home: Home, metrics: Metrics, stack: AsyncExitStack
+) -> Training | None:
+    if not settings.training:
+        return None
+    stream = SampleStream(settings.redis_url, settings.fleet, digest)
+    stack.push_async_callback(stream.close)
+    cores = os.sched_getaffinity(0)
+    spare = Spare(POLICIES[settings.spare](SpareRules()), len(cores), IdleCores(cores))
+    options = LearnerOptions(
+        draft=str(settings.floor),
+        state=str(home.directory / "learner"),
+        loss=settings.loss,
+        positions=settings.positions,
+        learning_rate=settings.learning_rate,
+    )
+
+    def active_draft() -> str:
+        active = home.registry.active()
+        if active is None:
+            return str(settings.floor)
+        return str(home.registry.files(active.version)[0].parent)
+
+    return Training(
+        options, stream, spare, metrics, get_draft=active_draft, log_level=settings.log_level
+    )
 
 
 @dataclass(frozen=True, slots=True)

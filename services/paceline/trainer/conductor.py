@@ -1,7 +1,7 @@
-"""Decides what is drafted with: here, what operators say, and the floor.
+"""Joins the two sides of the trainer: what workers say, and what is drafted with.
 
-Between the two sides of the trainer: attendants tell what drafts bring and what could be spared,
-the desk keeps versions and publishes plans. trainer/__main__.py makes one and runs it.
+Attendants tell what drafts brought and what could be spared; training.py learns within that,
+trials.py brings what was learned into use. trainer/__main__.py makes one and runs it.
 """
 
 from __future__ import annotations
@@ -11,55 +11,50 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from paceline.domain.draft_records import DraftRecord, DraftStage
+from paceline.domain.draft_records import DraftRecord
+from paceline.domain.drafts import MODEL_DRAFTER
+from paceline.domain.errors import InvalidRequestError
 from paceline.domain.learnings import SequenceOutcome
 from paceline.domain.slack import Slack
 from paceline.trainer.attendants import Attendants
-from paceline.trainer.desk import Desk, DraftStore
+from paceline.trainer.training import Training
+from paceline.trainer.trials import Trials
 
 logger = logging.getLogger(__name__)
 
 
 class Conductor:
-    """Brings the floor, takes offers."""
+    """Listens to the attendants, runs training and trials."""
 
-    def __init__(self, desk: Desk, attendants: Attendants) -> None:
-        """Listen to the attendants and act through the desk."""
-        self._desk = desk
+    def __init__(
+        self, attendants: Attendants, trials: Trials, training: Training | None, machine: str
+    ) -> None:
+        """Without training only offers come into use; `machine` is this process's."""
+        self._trials = trials
+        self._training = training
+        self._machine = machine
         attendants.on_outcomes = self.on_outcomes
         attendants.on_slack = self.on_slack
         attendants.on_leave = self.on_leave
 
-    async def start(self, floor: Path) -> DraftRecord:
-        """Take the floor's checkpoint and publish the first plan.
-
-        Raises:
-            PacelineError: the registry refuses it.
-        """
-        return await self._desk.change(lambda store: store.import_floor(floor))
-
     async def run(self) -> None:
         """Work until cancelled."""
-        await asyncio.Event().wait()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._trials.run(), name="trials")
+            if self._training is not None:
+                tasks.create_task(self._training.run(), name="training")
 
     async def offer(self, directory: Path, drafter: str, is_forced: bool) -> DraftRecord:
-        """Take a checkpoint: forced ones at once, others as candidates.
+        """Take a checkpoint as a candidate; forced ones go on trial at once.
 
         Raises:
-            PacelineError: the registry refuses it.
+            PacelineError: the registry refuses it, or another version is on trial.
         """
-
-        def take(store: DraftStore) -> DraftRecord:
-            active = store.active(drafter)
-            parent = "" if active is None else active.version
-            record = store.add(
-                directory, drafter=drafter, parent=parent, num_samples=0, num_tokens=0
+        if drafter != MODEL_DRAFTER:
+            raise InvalidRequestError(
+                "drafter", f"{drafter!r}: only {MODEL_DRAFTER!r} has versions", reason="no-drafter"
             )
-            if is_forced:
-                store.decide(record.version, DraftStage.ACTIVE, "forced")
-            return store.get(record.version)
-
-        record = await self._desk.change(take)
+        record = await self._trials.offer(directory, is_forced)
         fields = {"version": record.version, "stage": record.stage.value, "is_forced": is_forced}
         logger.info("draft-offered", extra={"fields": fields})
         return record
@@ -68,9 +63,15 @@ class Conductor:
 
     def on_outcomes(self, worker_id: str, outcomes: Sequence[SequenceOutcome]) -> None:
         """Take what drafts brought."""
+        del worker_id
+        self._trials.note(outcomes)
 
     def on_slack(self, worker_id: str, machine: str, slack: Slack) -> None:
-        """Take what a worker could spare."""
+        """Take what a worker could spare; those of other machines compute elsewhere."""
+        if self._training is not None and machine == self._machine:
+            self._training.note_slack(worker_id, slack)
 
     def on_leave(self, worker_id: str) -> None:
         """Forget a worker."""
+        if self._training is not None:
+            self._training.note_slack(worker_id, None)

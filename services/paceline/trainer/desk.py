@@ -88,6 +88,10 @@ class DraftStore(Protocol):
         """Return the version that was in use before."""
         ...
 
+    def control_of(self, drafter: str) -> str:
+        """Return the version that the active one is compared with live; empty for none."""
+        ...
+
     def files(self, version: str) -> list[Path]:
         """Return the files of a version."""
         ...

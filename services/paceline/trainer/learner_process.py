@@ -273,8 +273,8 @@ class _Judging:
         return learner_pb2.DraftsJudged(command_id=self._command_id, domains=domains)
 
 
-def _score(judged: Judged) -> learner_pb2.DraftScore:
-    return learner_pb2.DraftScore(num_agreed=judged.num_agreed, overlap=judged.overlap)
+def _score(judged: Judged) -> learner_pb2.JudgedDraft:
+    return learner_pb2.JudgedDraft(num_agreed=judged.num_agreed, overlap=judged.overlap)
 
 
 def _failure(command_id: int, error: Exception) -> learner_pb2.LearnerFailed:

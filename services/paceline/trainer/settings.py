@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
@@ -31,6 +32,26 @@ class TrainerSettings(ServiceSettings):
     """Size of the registry in MiB beyond which the oldest versions that nobody needs go."""
     offer_mb: int = Field(default=4096, ge=1)
     """Largest checkpoint in MiB that operators may offer."""
+    training: bool = True
+    """Whether a learner trains on live traffic; without it drafts come from operators only."""
+    loss: Literal["forward-kl", "reverse-kl", "cross-entropy", "total-variation", "lk"] = (
+        "forward-kl"
+    )
+    """What the learner minimises; docs/training.md compares them."""
+    positions: Literal["all", "first-rejected", "accepted", "rejected-heavy"] = "all"
+    """Which captured tokens it learns from."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Of AdamW, after a short warm-up."""
+    spare: Literal["leftover-cores", "idle-machine"] = "leftover-cores"
+    """What counts as spare: cores that busy workers leave, or a machine whose workers are idle."""
+    candidate_steps: int = Field(default=24, ge=1)
+    """Optimiser steps between two candidates; more while candidates bring nothing."""
+    canary_share: float = Field(default=0.5, gt=0, lt=1)
+    """Share of sequences that a version on trial drafts for. It has passed the gate and can cost
+    nothing but time, and two halves decide in the fewest sequences."""
+    control_share: float = Field(default=0.05, ge=0, lt=1)
+    """Share of sequences that the version before the active one keeps, to compare with; 0 watches
+    nothing."""
     drain_grace_s: float = Field(default=5.0, ge=0)
     """Seconds that running calls get on SIGTERM."""
 

@@ -167,11 +167,11 @@ class JudgedSample(_message.Message):
     INCUMBENT_FIELD_NUMBER: _ClassVar[int]
     temperature: float
     num_positions: int
-    candidate: DraftScore
-    incumbent: DraftScore
-    def __init__(self, temperature: _Optional[float] = ..., num_positions: _Optional[int] = ..., candidate: _Optional[_Union[DraftScore, _Mapping]] = ..., incumbent: _Optional[_Union[DraftScore, _Mapping]] = ...) -> None: ...
+    candidate: JudgedDraft
+    incumbent: JudgedDraft
+    def __init__(self, temperature: _Optional[float] = ..., num_positions: _Optional[int] = ..., candidate: _Optional[_Union[JudgedDraft, _Mapping]] = ..., incumbent: _Optional[_Union[JudgedDraft, _Mapping]] = ...) -> None: ...
 
-class DraftScore(_message.Message):
+class JudgedDraft(_message.Message):
     __slots__ = ("num_agreed", "overlap")
     NUM_AGREED_FIELD_NUMBER: _ClassVar[int]
     OVERLAP_FIELD_NUMBER: _ClassVar[int]

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import os
 import random
-import socket
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from paceline.domain.directories import cache_directory
 from paceline.domain.drafts import MODEL_DRAFTER, DraftState, HeldDraft, StagedDraft
 from paceline.domain.errors import UnavailableError
 from paceline.domain.member import Role
 from paceline.process.lifecycle import Tasks
+from paceline.process.machine import machine_name
 from paceline.process.membership import Membership
 from paceline.process.metrics import Metrics
 from paceline.rpc.codec import step_cost_from_proto
@@ -29,7 +28,6 @@ from paceline.worker.drafts import DraftFollower
 from paceline.worker.outbox import Outbox
 from paceline.worker.settings import WorkerSettings
 
-_MACHINE_ID = Path("/etc/machine-id")
 _MIB = 1 << 20
 
 
@@ -115,12 +113,3 @@ def local_drafts(
     if not ready.draft_version or directory is None:
         return ()
     return (StagedDraft(MODEL_DRAFTER, ready.draft_version, directory, 1.0),)
-
-
-def machine_name() -> str:
-    """Return what tells this machine from others; containers may share a host's id."""
-    try:
-        machine_id = _MACHINE_ID.read_text(encoding="ascii").strip()
-    except (OSError, ValueError):
-        machine_id = ""
-    return f"{socket.gethostname()}-{machine_id}" if machine_id else socket.gethostname()
