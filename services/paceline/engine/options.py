@@ -45,8 +45,9 @@ class EngineOptions:
     """Most draft tokens of a sequence in one step."""
     draft_depth: int = 8
     """Longest path of a draft."""
-    draft_builder: str = "chain"
-    """How a drafting model's trees grow: chain, static, dynamic, rsd-c or rsd-s."""
+    draft_builder: str = "auto"
+    """How a drafting model's trees grow: chain, static, dynamic, rsd-c, rsd-s, or auto: chains for
+    greedy requests, dynamic trees for others."""
     verifier: str = "coupled"
     """"coupled": output is token for token that without speculation. "rejection": equal in
     distribution only, for requests without a seed; those with one stay coupled."""

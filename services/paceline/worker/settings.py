@@ -60,8 +60,9 @@ class WorkerSettings(ServiceSettings):
     """Most tokens drafted for a sequence per step; the controller chooses how many."""
     draft_depth: int = Field(default=8, ge=1, le=64)
     """Most tokens that one step may bring from a draft."""
-    draft_builder: Literal["chain", "static", "dynamic", "rsd-c", "rsd-s"] = "chain"
-    """How trees of a drafting model grow."""
+    draft_builder: Literal["auto", "chain", "static", "dynamic", "rsd-c", "rsd-s"] = "auto"
+    """How trees of a drafting model grow; `auto`: chains for greedy requests, dynamic trees for
+    others."""
     verifier: Literal["coupled", "rejection"] = "coupled"
     """`coupled`: tokens are those that come without speculation. `rejection`: equal in
     distribution only, for requests without a seed; those with one stay coupled."""

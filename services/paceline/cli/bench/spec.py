@@ -50,8 +50,9 @@ def spec(
     nodes: Annotated[int, typer.Option(min=1, max=64, help="Most draft tokens a step.")] = 16,
     depth: Annotated[int, typer.Option(min=1, max=32, help="Longest draft path.")] = 8,
     builder: Annotated[
-        str, typer.Option(help="Trees of a drafting model: chain, static, dynamic, rsd-c, rsd-s.")
-    ] = "chain",
+        str,
+        typer.Option(help="Trees of a drafting model: auto, chain, static, dynamic, rsd-c, rsd-s."),
+    ] = "auto",
     verifier: Annotated[str, typer.Option(help="coupled or rejection.")] = "coupled",
     rounds: Annotated[int, typer.Option(min=1, help="Times that both ways run.")] = 3,
     dtype: flags.Dtype = "f32",

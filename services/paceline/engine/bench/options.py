@@ -63,7 +63,7 @@ class SpecOptions(BenchOptions):
     """Most draft tokens of a sequence in one step."""
     depth: int = 8
     """Longest path of a draft."""
-    builder: str = "chain"
+    builder: str = "auto"
     verifier: str = "coupled"
     rounds: int = 3
     """Times that both ways run."""

@@ -5,6 +5,7 @@
     dynamic   the nodes of most value, wherever they are (DySpec, arXiv 2410.11744, section 4)
     rsd-c     a fixed number of draws per node and level (RSD, arXiv 2402.14160)
     rsd-s     the draws of a stochastic beam (RSD; Kool et al. 2019, arXiv 1903.06059)
+    auto      chains for greedy sequences, dynamic for others
 
 Drawn candidates must not be dropped for the token they brought: every choice is made by values
 known before the draw (`Slot.value`), or by the noise of the draw, and siblings kept are the
@@ -24,7 +25,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from paceline.engine.spec.drafter import DraftBudget
-from paceline.engine.spec.growth import Candidates, TreeBuilder
+from paceline.engine.spec.growth import Candidates, TreeBuilder, TreeGrowth
 from paceline.engine.spec.tree import ROOT, DraftTree, Proposal
 
 
@@ -264,9 +265,27 @@ class Shape:
 
     growth: Callable[[DraftBudget, str], Growth]
 
-    def start(self, budget: DraftBudget, source: str) -> Growth:
+    def start(self, budget: DraftBudget, source: str, *, is_greedy: bool = False) -> Growth:
         """Begin a tree whose nodes come from the drafter named `source`."""
+        del is_greedy
         return self.growth(budget, source)
+
+
+@dataclass(frozen=True, slots=True)
+class BySampling:
+    """One builder for greedy sequences, another for those that are drawn with noise.
+
+    Noise makes the second-likeliest token right more often, so that branches pay; a chain asks the
+    model for one token per level.
+    """
+
+    greedy: TreeBuilder
+    drawn: TreeBuilder
+
+    def start(self, budget: DraftBudget, source: str, *, is_greedy: bool = False) -> TreeGrowth:
+        """Begin a tree whose nodes come from the drafter named `source`."""
+        builder = self.greedy if is_greedy else self.drawn
+        return builder.start(budget, source, is_greedy=is_greedy)
 
 
 def branching(*counts: int) -> Shape:
@@ -281,6 +300,7 @@ def beam(width: int | None = None) -> Shape:
 
 BUILDERS: Mapping[str, Callable[[], TreeBuilder]] = MappingProxyType(
     {
+        "auto": lambda: BySampling(Shape(ChainGrowth), Shape(DynamicGrowth)),
         "chain": lambda: Shape(ChainGrowth),
         "static": lambda: branching(4, 2, 1),
         "dynamic": lambda: Shape(DynamicGrowth),

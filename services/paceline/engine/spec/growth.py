@@ -77,6 +77,7 @@ class TreeGrowth(Protocol):
 class TreeBuilder(Protocol):
     """A shape of trees."""
 
-    def start(self, budget: DraftBudget, source: str) -> TreeGrowth:
-        """Begin a tree whose nodes come from the drafter named `source`."""
+    def start(self, budget: DraftBudget, source: str, *, is_greedy: bool = False) -> TreeGrowth:
+        """Begin a tree whose nodes come from the drafter named `source`, for a sequence that is
+        drawn from with or without noise."""
         ...

@@ -63,7 +63,7 @@ def grow_trees(
     layout.set_tables([row.pages for row in rows])
     logits_MV = forward(layout.lay_out([_missing(row) for row in rows]))
     branches = {
-        i: _Branch(row, builder.start(row.budget, source))
+        i: _Branch(row, builder.start(row.budget, source, is_greedy=row.context.sampling.is_greedy))
         for i, row in enumerate(rows)
         if row.stop == len(row.context.token_ids)
     }

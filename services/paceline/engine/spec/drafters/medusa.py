@@ -188,7 +188,7 @@ class MedusaDrafter:
             Candidates(own.tokens, tuple(worth.rate(p) for p in own.confidences))
             for own, worth in zip(state.candidates, self._worth, strict=True)
         ]
-        growth = self._builder.start(budget, self.name)
+        growth = self._builder.start(budget, self.name, is_greedy=context.sampling.is_greedy)
         depth_of = {ROOT: 0}
         while frontier := growth.frontier():
             for node in frontier:
