@@ -10,11 +10,11 @@ import pytest
 from paceline.domain.learnings import Sample, tenant_digest
 from paceline.process.sample_stream import START, SampleStream
 from paceline.rpc.draft_codec import sample_from_proto
-from paceline.v1.inference_pb2 import GenerateRequest
+from paceline.v1.inference_pb2 import GenerateRequest, ListModelsRequest
 from paceline.v1.samples_pb2 import Sample as SampleMessage
 from tests.checkpoints import DEMO
 from tests.e2e.client import Answer, Client, encode, greedy
-from tests.e2e.probe import fleet_metric, status
+from tests.e2e.probe import fleet_metric
 from tests.platform import Platform
 from tests.waiting import until
 
@@ -37,6 +37,10 @@ def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
 
 async def test_samples_arrive_and_those_of_others_do_not(platform: Platform) -> None:
     async with Client(platform.grpc) as client:
+        (model,) = (
+            await client.stub.ListModels(ListModelsRequest(), timeout=10, metadata=bearer("open"))
+        ).models
+        digest = model.digest
         cases = {
             "wanted": ("open", greedy("Tell me of ships.", domain="ships")),
             "refused": ("open", greedy("Tell me of gold.", domain="gold", allow_training=False)),
@@ -44,7 +48,7 @@ async def test_samples_arrive_and_those_of_others_do_not(platform: Platform) -> 
             "last": ("open", greedy("Tell me of bread.", domain="bread")),
         }
         answers = {name: await ask(client, key, request) for name, (key, request) in cases.items()}
-    samples = await samples_of(platform, {"ships", "bread"})
+    samples = await samples_of(platform, digest, {"ships", "bread"})
     assert {(s.tenant, s.domain) for s in samples} == {
         (tenant_digest(b"open"), "ships"),
         (tenant_digest(b"open"), "bread"),
@@ -68,14 +72,15 @@ async def test_samples_arrive_and_those_of_others_do_not(platform: Platform) -> 
 
 async def ask(client: Client, key: str, request: GenerateRequest) -> Answer:
     request.max_tokens, request.ignore_eos = 200, True
-    return await client.generate(request, metadata=[("authorization", f"Bearer {key}")])
+    return await client.generate(request, metadata=bearer(key))
 
 
-async def samples_of(platform: Platform, domains: set[str]) -> Sequence[Sample]:
-    """Wait until all of these are there, and a while longer for what must not be."""
-    digest = next(
-        m["model"]["digest"] for m in status(platform)["members"] if m["role"] == "decode"
-    )
+def bearer(key: str) -> list[tuple[str, str]]:
+    return [("authorization", f"Bearer {key}")]
+
+
+async def samples_of(platform: Platform, digest: str, domains: set[str]) -> Sequence[Sample]:
+    """Wait until all of these are there; return everything that is."""
     stream = SampleStream(platform.redis_url, platform.fleet, digest)
 
     async def read() -> list[Sample]:

@@ -55,6 +55,10 @@ def spec(
     ] = "auto",
     verifier: Annotated[str, typer.Option(help="coupled or rejection.")] = "coupled",
     rounds: Annotated[int, typer.Option(min=1, help="Times that both ways run.")] = 3,
+    capture: Annotated[
+        bool,
+        typer.Option("--capture", help="Capture samples, and compare with not capturing."),
+    ] = False,
     dtype: flags.Dtype = "f32",
     threads: flags.Threads = None,
     seed: flags.Seed = 0,
@@ -84,6 +88,7 @@ def spec(
                 builder=builder,
                 verifier=verifier,
                 rounds=rounds,
+                capture=capture,
                 dtype=dtype,
                 threads=flags.num_threads(threads),
                 seed=seed,

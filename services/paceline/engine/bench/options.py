@@ -67,3 +67,5 @@ class SpecOptions(BenchOptions):
     verifier: str = "coupled"
     rounds: int = 3
     """Times that both ways run."""
+    capture: bool = False
+    """Capture samples, and run the drafter without that as a third way."""

@@ -3,7 +3,8 @@
 Both ways run in turn over the same prompts, several rounds; each run is a tenant of its own, so
 that no drafter and no cache knows the prompts from the run before. Rates count the steps
 in which no prompt was computed: tokens that they brought over the time that they took, drafting
-and verification included.
+and verification included. With capture the drafter also runs for requests that forbid it, in
+turn with the others, so that the ratio of the two rates is what capturing costs.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from paceline.domain.request import GenerationSpec, SamplingParams, TokenChunk
 from paceline.engine.bench.options import SpecOptions
 from paceline.engine.bench.rig import Rig, warm_collector
 from paceline.engine.build import build_engine
-from paceline.engine.events import EngineEvent, FailedEvent, OutputEvent
+from paceline.engine.events import EngineEvent, FailedEvent, LearningsEvent, OutputEvent
 from paceline.engine.options import EngineOptions
 
 _OFF = "OFF"
+_CAPTURE_SHARE = 0.005
+"""As workers have it by default."""
 _CURVE_NODES = (1, 2, 4, 8, 16, 32)
 _CURVE_CONTEXT = 256
 
@@ -67,6 +70,24 @@ class _Run:
     total: _Tally = field(default_factory=_Tally)
     domains: dict[str, _Tally] = field(default_factory=lambda: defaultdict(_Tally))
     wall_s: float = 0.0
+    samples: int = 0
+    captured_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """How the prompts are run."""
+
+    mode: str
+    captures: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Round:
+    off: _Run
+    on: _Run
+    uncaptured: _Run | None = None
+    """As `on`, but without capture."""
 
 
 def bench_spec(options: SpecOptions) -> dict[str, object]:
@@ -75,15 +96,19 @@ def bench_spec(options: SpecOptions) -> dict[str, object]:
     rig = _build(options, prompts)
     mode = "AUTO" if options.drafter == "auto" else options.drafter
     mode = _OFF if options.drafter == "off" else mode
-    _run(rig, options, prompts[: options.concurrency], mode, "warm-up", num_tokens=8)
-    rounds: list[tuple[_Run, _Run]] = []
+    ways = [_Way(_OFF), _Way(mode, options.capture)]
+    if options.capture:
+        ways.append(_Way(mode))
+    warm_up = prompts[: options.concurrency]
+    _run(rig, options, warm_up, ways[1], "warm-up", num_tokens=8)
+    rounds: list[_Round] = []
     for i in range(options.rounds):
         # Whoever goes first meets the colder machine: take turns.
-        modes = (_OFF, mode) if i % 2 == 0 else (mode, _OFF)
-        runs = [_run(rig, options, prompts, m, f"round-{i} {m}") for m in modes]
-        rounds.append((runs[0], runs[1]) if i % 2 == 0 else (runs[1], runs[0]))
+        order = list(enumerate(ways))[:: 1 if i % 2 == 0 else -1]
+        runs = {k: _run(rig, options, prompts, way, f"round-{i} {k}") for k, way in order}
+        rounds.append(_Round(*[runs[k] for k in range(len(ways))]))
         if not options.is_quiet:
-            off, on = rounds[-1]
+            off, on = rounds[-1].off, rounds[-1].on
             print(
                 f"round {i + 1}: off {off.total.rate:.1f} tok/s, {options.drafter} "
                 f"{on.total.rate:.1f} tok/s, {on.total.tokens / on.total.steps:.2f} tokens a step",
@@ -122,6 +147,7 @@ def _build(options: SpecOptions, prompts: list[_Prompt]) -> Rig:
             draft_depth=options.depth,
             draft_builder=options.builder,
             verifier=options.verifier,
+            capture_share=_CAPTURE_SHARE if options.capture else 0.0,
         )
     )
     warm_collector()
@@ -137,7 +163,7 @@ def _run(
     rig: Rig,
     options: SpecOptions,
     prompts: list[_Prompt],
-    mode: str,
+    way: _Way,
     tenant: str,
     *,
     num_tokens: int | None = None,
@@ -145,7 +171,7 @@ def _run(
     """Generate for all prompts, so many at a time."""
     engine = rig.engine
     run = _Run([[] for _ in prompts])
-    waiting = iter(_requests(options, prompts, mode, tenant, num_tokens or options.max_tokens))
+    waiting = iter(_requests(options, prompts, way, tenant, num_tokens or options.max_tokens))
     started_s = time.perf_counter()
     while True:
         while engine.num_requests < options.concurrency and (spec := next(waiting, None)):
@@ -162,7 +188,7 @@ def _run(
 
 
 def _requests(
-    options: SpecOptions, prompts: list[_Prompt], mode: str, tenant: str, num_tokens: int
+    options: SpecOptions, prompts: list[_Prompt], way: _Way, tenant: str, num_tokens: int
 ) -> Iterator[GenerationSpec]:
     for i, prompt in enumerate(prompts):
         yield GenerationSpec(
@@ -174,7 +200,9 @@ def _requests(
             max_tokens=num_tokens,
             cache_salt=tenant.encode(),
             ignore_eos=options.ignore_eos,
-            speculation=mode,
+            speculation=way.mode,
+            domain=prompt.domain,
+            allow_training=way.captures,
             is_seed_drawn=options.verifier == "rejection",
             domain=prompt.domain,
         )
@@ -188,6 +216,9 @@ def _book(
     for event in events:
         if isinstance(event, FailedEvent):
             raise RuntimeError(f"request {event.request_id}: {event.message}")
+        if isinstance(event, LearningsEvent):
+            run.samples += len(event.samples)
+            run.captured_tokens += sum(sample.num_captured for sample in event.samples)
         if not isinstance(event, OutputEvent):
             continue
         for chunk in event.chunks:
@@ -208,8 +239,8 @@ def _book(
         run.domains[domain].decode_s += step_s * count / all_tokens
 
 
-def _report(options: SpecOptions, rig: Rig, rounds: list[tuple[_Run, _Run]]) -> dict[str, object]:
-    on_runs = [on for _, on in rounds]
+def _report(options: SpecOptions, rig: Rig, rounds: list[_Round]) -> dict[str, object]:
+    on_runs = [each.on for each in rounds]
     total = on_runs[-1].total
     domains = sorted(on_runs[-1].domains)
     return {
@@ -218,8 +249,9 @@ def _report(options: SpecOptions, rig: Rig, rounds: list[tuple[_Run, _Run]]) -> 
         "temperature": options.temperature,
         "tokens": total.tokens,
         "target_steps": total.steps,
-        **_figures([(off.total, on.total) for off, on in rounds]),
-        "identical_to_off": all(off.outputs == on.outputs for off, on in rounds),
+        **_figures([(each.off.total, each.on.total) for each in rounds]),
+        "identical_to_off": all(each.off.outputs == each.on.outputs for each in rounds),
+        **_capture_figures(rounds),
         "model": Path(options.model).resolve().name,
         "deepened_layers": options.deepen,
         "draft": Path(options.draft).resolve().name if options.draft else None,
@@ -231,10 +263,10 @@ def _report(options: SpecOptions, rig: Rig, rounds: list[tuple[_Run, _Run]]) -> 
         "max_tokens": options.max_tokens,
         "rounds": options.rounds,
         "wall_s": round(median(on.wall_s for on in on_runs), 3),
-        "wall_s_off": round(median(off.wall_s for off, _ in rounds), 3),
+        "wall_s_off": round(median(each.off.wall_s for each in rounds), 3),
         "step_cost_ratio": _cost_curve(rig, options.concurrency),
         "domains": {
-            name: _figures([(off.domains[name], on.domains[name]) for off, on in rounds])
+            name: _figures([(each.off.domains[name], each.on.domains[name]) for each in rounds])
             for name in domains
         },
     }
@@ -249,6 +281,21 @@ def _figures(rounds: list[tuple[_Tally, _Tally]]) -> dict[str, object]:
         "tok_s": round(median(on.rate for _, on in rounds), 2),
         "tok_s_off": round(median(off.rate for off, _ in rounds), 2),
         "speedup": round(median(on.rate / off.rate for off, on in rounds if off.rate), 3),
+    }
+
+
+def _capture_figures(rounds: list[_Round]) -> dict[str, object]:
+    """Return what capturing brought and cost; nothing without it."""
+    pairs = [(each.on, each.uncaptured) for each in rounds if each.uncaptured is not None]
+    if not pairs:
+        return {}
+    ratios = [without.total.rate / on.total.rate for on, without in pairs if on.total.rate]
+    return {
+        "tok_s_uncaptured": round(median(without.total.rate for _, without in pairs), 2),
+        "capture_cost_ratio": round(median(ratios), 4) if ratios else None,
+        "capture_is_identical": all(on.outputs == without.outputs for on, without in pairs),
+        "samples": sum(on.samples for on, _ in pairs),
+        "captured_tokens": sum(on.captured_tokens for on, _ in pairs),
     }
 
 
