@@ -80,7 +80,7 @@ def bearer(key: str) -> list[tuple[str, str]]:
 
 
 async def samples_of(platform: Platform, digest: str, domains: set[str]) -> Sequence[Sample]:
-    """Wait until all of these are there; return everything that is."""
+    """Wait until all that was captured is there; return it."""
     stream = SampleStream(platform.redis_url, platform.fleet, digest)
 
     async def read() -> list[Sample]:
@@ -88,7 +88,9 @@ async def samples_of(platform: Platform, digest: str, domains: set[str]) -> Sequ
         return [sample_from_proto(SampleMessage.FromString(payload)) for _, payload in entries]
 
     async def has_all() -> bool:
-        return {sample.domain for sample in await read()} >= domains
+        read_now = await read()
+        num_captured = fleet_metric(platform, "paceline_capture_samples_total", "decode")
+        return len(read_now) == num_captured and {s.domain for s in read_now} >= domains
 
     try:
         await until(has_all)

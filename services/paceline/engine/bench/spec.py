@@ -100,7 +100,7 @@ def bench_spec(options: SpecOptions) -> dict[str, object]:
     if options.capture:
         ways.append(_Way(mode))
     warm_up = prompts[: options.concurrency]
-    _run(rig, options, warm_up, ways[1], "warm-up", num_tokens=8)
+    _run(rig, options, warm_up, _Way(mode), "warm-up", num_tokens=8)
     rounds: list[_Round] = []
     for i in range(options.rounds):
         # Whoever goes first meets the colder machine: take turns.

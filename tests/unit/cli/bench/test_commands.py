@@ -77,6 +77,7 @@ SPEC_KEYS = {
         ("--drafter", "recycling+trie", "--temperature", "0.7"),
         ("--drafter", "model", "--draft", str(DEMO), "--builder", "chain", "--depth", "2"),
         ("--drafter", "off"),
+        ("--drafter", "trie", "--capture"),
     ],
 )
 def test_the_spec_bench_compares_with_no_speculation(
@@ -105,6 +106,10 @@ def test_the_spec_bench_compares_with_no_speculation(
         assert report["acceptance"] == 1.0 and report["target_steps"] < 30
     if flags[1] == "off":
         assert report["target_steps"] == 30
+    assert ("capture_cost_ratio" in report) == ("--capture" in flags)
+    if "--capture" in flags:
+        assert report["capture_is_identical"] is True and report["capture_cost_ratio"] > 0
+        assert report["captured_tokens"] >= 8 * report["samples"] > 0
 
 
 @pytest.mark.parametrize(
