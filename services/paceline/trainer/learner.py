@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -64,7 +63,7 @@ class Counters:
     steps_since_reset: int = 0
     rate_ratio: float = 1.0
     """Of the learning rate; halved when weights had to be restored, 1 again after a reset."""
-    samples_by_domain: Counter[str] = field(default_factory=Counter)
+    samples_by_domain: dict[str, int] = field(default_factory=dict)
 
 
 class OnlineLearner:
@@ -115,7 +114,8 @@ class OnlineLearner:
         self.replay.add(text)
         self.counters.num_samples += 1
         # As the buffer does: labels are the clients' choice, so their number is bounded.
-        self.counters.samples_by_domain[self.replay.shelf_of(text.domain)] += 1
+        counts, shelf = self.counters.samples_by_domain, self.replay.shelf_of(text.domain)
+        counts[shelf] = counts.get(shelf, 0) + 1
 
     # -- learning -------------------------------------------------------------------------
 
@@ -303,7 +303,6 @@ class OnlineLearner:
             ValueError, KeyError, TypeError: it is none, or that of another draft.
         """
         counters = Counters(**values["counters"])
-        counters.samples_by_domain = Counter(counters.samples_by_domain)
         for name, parameter in self.model.named_parameters():
             other = tensors["weights"][name]
             if other.shape != parameter.shape:

@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -40,6 +40,11 @@ logger = logging.getLogger("paceline.trainer.learner_process")
 _REPORT_EVERY_S = 0.5
 _IDLE_S = 0.05
 """Wait between two tries of a grant with nothing to learn from."""
+
+_INTAKE_S = 0.01
+"""Longest time for samples between two looks at the socket."""
+_MAX_INBOX = 1024
+"""Samples that may wait for it; with more the socket waits."""
 
 _STREAM_ID = "stream_id"
 
@@ -98,6 +103,7 @@ class LearnerLoop:
         self._reported_s = 0.0
         self._max_micro_step_s = 0.0
         self._judging: _Judging | None = None
+        self._inbox: deque[learner_pb2.StreamedSample] = deque()
 
     def run(self) -> NoReturn:
         """Loop until the socket closes (ConnectionClosedError)."""
@@ -109,10 +115,13 @@ class LearnerLoop:
             self._sock.wait(self._pause_s())
             for command in self._sock.recv_ready(learner_pb2.LearnerCommand):
                 self._apply(command)
+            self._take_in(_INTAKE_S)
             if self._until_s:
                 self._work()
 
     def _pause_s(self) -> float | None:
+        if self._inbox:
+            return 0.0
         if not self._until_s:
             return None
         left_s = max(0.0, self._until_s - time.monotonic())
@@ -147,10 +156,15 @@ class LearnerLoop:
 
     def _carry_out(self, command: learner_pb2.LearnerCommand) -> None:
         learner, number = self._learner, command.command_id
-        match command.WhichOneof("command"):
+        kind = command.WhichOneof("command")
+        if kind not in ("feed", "grant", "pause"):
+            # What was fed before is part of what is asked for.
+            self._take_in(float("inf"))
+        match kind:
             case "feed":
-                for sample in command.feed.samples:
-                    self._feed(sample)
+                self._inbox += command.feed.samples
+                if len(self._inbox) > _MAX_INBOX:
+                    self._take_in(float("inf"))
             case "grant":
                 # Threads that wait for work must not spin: none are left from an earlier grant.
                 torch.set_num_threads(max(1, command.grant.threads))
@@ -161,6 +175,7 @@ class LearnerLoop:
                 self._send(done=learner_pb2.LearnerDone(command_id=number))
             case "judge":
                 candidate = Path(command.judge.candidate) if command.judge.candidate else None
+                self._drop_judging("another comparison was asked for")
                 pairs = learner.judging(Path(command.judge.incumbent), candidate)
                 self._judging = _Judging(number, pairs)
             case "export":
@@ -174,11 +189,23 @@ class LearnerLoop:
                 self._send(exported=exported)
             case "reset":
                 learner.reset(Path(command.reset.directory))
-                self._judging = None
+                self._drop_judging("the learner was reset")
                 self._send(done=learner_pb2.LearnerDone(command_id=number))
             case "save":
                 self._save()
                 self._send(done=learner_pb2.LearnerDone(command_id=number))
+
+    def _drop_judging(self, why: str) -> None:
+        if self._judging is not None:
+            failed = _failure(self._judging.command_id, ValueError(why))
+            self._judging = None
+            self._send(failed=failed)
+
+    def _take_in(self, seconds: float) -> None:
+        """Take samples in for so long."""
+        until_s = time.monotonic() + seconds
+        while self._inbox and time.monotonic() < until_s:
+            self._feed(self._inbox.popleft())
 
     def _feed(self, streamed: learner_pb2.StreamedSample) -> None:
         self._stream_id = streamed.stream_id or self._stream_id
@@ -196,7 +223,6 @@ class LearnerLoop:
         self._is_dry = False
 
     def _note_corrupt(self, error: Exception) -> None:
-        # Once per report period would do, but corrupt samples are a bug somewhere: each tells.
         fields = {"error": str(error), "num_corrupt": self._learner.counters.num_corrupt}
         logger.debug("sample-corrupt", extra={"fields": fields})
 
@@ -246,7 +272,7 @@ class _Judging:
     """A comparison under way."""
 
     def __init__(self, command_id: int, pairs: Iterator[tuple[Text, tuple[Judged, ...]]]) -> None:
-        self._command_id = command_id
+        self.command_id = command_id
         self._pairs = pairs
         self._samples: dict[str, list[learner_pb2.JudgedSample]] = defaultdict(list)
 
@@ -270,11 +296,11 @@ class _Judging:
             learner_pb2.JudgedDomain(domain=domain, samples=samples)
             for domain, samples in sorted(self._samples.items())
         ]
-        return learner_pb2.DraftsJudged(command_id=self._command_id, domains=domains)
+        return learner_pb2.DraftsJudged(command_id=self.command_id, domains=domains)
 
 
-def _score(judged: Judged) -> learner_pb2.JudgedDraft:
-    return learner_pb2.JudgedDraft(num_agreed=judged.num_agreed, overlap=judged.overlap)
+def _score(judged: Judged) -> learner_pb2.JudgedScore:
+    return learner_pb2.JudgedScore(num_agreed=judged.num_agreed, overlap=judged.overlap)
 
 
 def _failure(command_id: int, error: Exception) -> learner_pb2.LearnerFailed:

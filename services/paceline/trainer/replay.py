@@ -99,7 +99,7 @@ class ReplayBuffer:
         chance = random.Random(self._seed << 40 | self._num_draws)
         if chance.random() < recent_ratio and self._arrivals:
             domain = chance.choice(self._arrivals)
-            shelf = self._shelves[domain]
+            shelf = self._shelves.get(domain, Shelf())
             num_recent = min(self._arrivals.count(domain), len(shelf.newest))
             if num_recent:
                 return shelf.newest[-1 - chance.randrange(num_recent)]
@@ -111,25 +111,23 @@ class ReplayBuffer:
 
     def _shrink(self) -> bool:
         """Give up one text of the largest domain; False if there is but one text left."""
+        if sum(self.counts().values()) <= 1:
+            return False
         name = max(self.domains, key=lambda name: self._shelves[name].num_bytes)
         shelf = self._shelves[name]
-        if shelf.num_texts + len(shelf.held_out) <= 1:
-            return False
         before = shelf.num_bytes
-        learned = shelf.newest_bytes + shelf.older_bytes
-        if shelf.held_out and shelf.held_out_bytes * self._held_out_every > before:
+        # Beyond their share the held-out texts go, and where there is nothing else.
+        is_over = shelf.held_out_bytes * self._held_out_every > before
+        if shelf.held_out and (is_over or not shelf.num_texts):
             shelf.drop_held_out()
         else:
-            if shelf.newest and shelf.newest_bytes > _NEWEST_RATIO * learned:
+            learned = shelf.newest_bytes + shelf.older_bytes
+            while shelf.newest_bytes > _NEWEST_RATIO * learned or not shelf.older:
                 self._retire(shelf)
-            if shelf.older:
-                shelf.drop_older()
-            elif shelf.newest:
-                self._retire(shelf)
-                shelf.drop_older()
-            else:
-                shelf.drop_held_out()
+            shelf.drop_older()
         self._num_bytes -= before - shelf.num_bytes
+        if not shelf.num_bytes:
+            del self._shelves[name]
         return True
 
     def _retire(self, shelf: Shelf) -> None:

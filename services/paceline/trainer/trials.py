@@ -296,7 +296,7 @@ def paired(domains: Sequence[learner_pb2.JudgedDomain]) -> list[DomainScores]:
     What verification accepts: argmax where the request was greedy, the overlap elsewhere.
     """
 
-    def accepted(sample: learner_pb2.JudgedSample, draft: learner_pb2.JudgedDraft) -> float:
+    def accepted(sample: learner_pb2.JudgedSample, draft: learner_pb2.JudgedScore) -> float:
         return float(draft.num_agreed) if sample.temperature == 0.0 else draft.overlap
 
     return [

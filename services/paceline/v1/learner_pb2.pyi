@@ -167,11 +167,11 @@ class JudgedSample(_message.Message):
     INCUMBENT_FIELD_NUMBER: _ClassVar[int]
     temperature: float
     num_positions: int
-    candidate: JudgedDraft
-    incumbent: JudgedDraft
-    def __init__(self, temperature: _Optional[float] = ..., num_positions: _Optional[int] = ..., candidate: _Optional[_Union[JudgedDraft, _Mapping]] = ..., incumbent: _Optional[_Union[JudgedDraft, _Mapping]] = ...) -> None: ...
+    candidate: JudgedScore
+    incumbent: JudgedScore
+    def __init__(self, temperature: _Optional[float] = ..., num_positions: _Optional[int] = ..., candidate: _Optional[_Union[JudgedScore, _Mapping]] = ..., incumbent: _Optional[_Union[JudgedScore, _Mapping]] = ...) -> None: ...
 
-class JudgedDraft(_message.Message):
+class JudgedScore(_message.Message):
     __slots__ = ("num_agreed", "overlap")
     NUM_AGREED_FIELD_NUMBER: _ClassVar[int]
     OVERLAP_FIELD_NUMBER: _ClassVar[int]
