@@ -37,7 +37,7 @@ _GROUP_EVERY = 16
 _SAME = 0.7
 """Cosine, freed of noise, from which two groups are one domain; domains of the demo have 0.3 to
 0.6."""
-_LEAST_GROUP = 8
+_LEAST_GROUP = 10
 """Texts that make a cluster."""
 _SLOWEST = 256
 """A centre moves as if it had at most so many texts, and so follows what drifts."""
