@@ -162,12 +162,13 @@ class Attendance:
         """
         stub: Any = drafts_pb2_grpc.DraftServiceStub(channel)
         call = stub.Attend()
-        self._outbox.start_over()
-        telling = asyncio.create_task(self._tell(call), name="telling")
+        is_heard = asyncio.Event()
+        telling = asyncio.create_task(self._tell(call, is_heard), name="telling")
         if self._follower is not None:
             self._follower.fetch = lambda version: _fetch(stub, version)
         try:
             while (response := await _read(call, telling)) is not None:
+                is_heard.set()
                 if self._follower is not None:
                     self._follower.follow(tuple(map(entry_from_proto, response.entries)))
                 yield
@@ -180,16 +181,17 @@ class Attendance:
             telling.cancel()
             await asyncio.gather(telling, return_exceptions=True)
 
-    async def _tell(self, call: Any) -> None:
-        """Send what there is to tell, the first message with who we are."""
-        message = await self._outbox.next()
+    async def _tell(self, call: Any, is_heard: asyncio.Event) -> None:
+        """Say who we are and, once that was answered, all there is to tell."""
+        message = self._outbox.introduce()
         message.worker_id = self._identity.worker_id
         message.model_digest = self._identity.model_digest
         message.machine = self._identity.machine
+        await _write(call, message)
+        # Bounded by the reader, which ends the call when no answer comes.
+        await is_heard.wait()
         while True:
-            async with asyncio.timeout(WRITE_S):
-                await call.write(message)
-            message = await self._outbox.next()
+            await _write(call, await self._outbox.next())
 
     def _note_error(self, error: str) -> None:
         self._error = error
@@ -197,6 +199,11 @@ class Attendance:
 
     def _tell_state(self) -> None:
         self._outbox.put_state(replace(self._state, error=self._error or self._state.error))
+
+
+async def _write(call: Any, message: drafts_pb2.AttendRequest) -> None:
+    async with asyncio.timeout(WRITE_S):
+        await call.write(message)
 
 
 async def _read(call: Any, telling: asyncio.Task[None]) -> Any:

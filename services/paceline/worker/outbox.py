@@ -68,11 +68,18 @@ class Outbox:
         if outcomes:
             self._has_news.set()
 
-    def start_over(self) -> None:
-        """Tell everything again: to somebody who knows nothing."""
-        self._has_slack = self._has_state = True
-        self._has_news.set()
-        self._is_urgent.set()
+    def introduce(self) -> drafts_pb2.AttendRequest:
+        """Return slack and state for somebody who knows nothing.
+
+        Outcomes are told once, so they wait until somebody is known to hear.
+        """
+        message = drafts_pb2.AttendRequest(
+            slack=slack_to_proto(self._slack), state=state_to_proto(self._state)
+        )
+        self._note_sent()
+        if self._outcomes:
+            self._has_news.set()
+        return message
 
     async def next(self) -> drafts_pb2.AttendRequest:
         """Wait until something is to be sent, at most for a beat, and return it."""
@@ -93,8 +100,11 @@ class Outbox:
             message.state.CopyFrom(state_to_proto(self._state))
         message.outcomes.extend(map(outcome_to_proto, self._outcomes))
         self._outcomes.clear()
+        self._note_sent()
+        return message
+
+    def _note_sent(self) -> None:
         self._has_slack = self._has_state = False
         self._has_news.clear()
         self._is_urgent.clear()
         self._sent_s = self._clock()
-        return message

@@ -49,20 +49,20 @@ class Rig:
 
 
 @asynccontextmanager
-async def trainer_rig(directory: Path, port: int = 0) -> AsyncIterator[Rig]:
+async def trainer_rig(directory: Path, port: int = 0, digest: str = DIGEST) -> AsyncIterator[Rig]:
     """Serve a registry in `directory`, made with a floor if it is empty."""
     metrics = Metrics("trainer")
     floor = directory / "floor"
     if not floor.exists():
         make_draft(floor, seed=0)
-    registry = Registry(directory / "registry", model_digest=DIGEST, time_s=time.time)
+    registry = Registry(directory / "registry", model_digest=digest, time_s=time.time)
     attendants = Attendants(metrics)
     desk = Desk(registry, attendants)
     conductor = Conductor(desk, attendants)
     await conductor.start(floor)
     incoming = directory / "registry" / "incoming"
     inbox = Inbox(incoming, OFFER_BYTES)
-    servicer = DraftServicer(DIGEST, desk, attendants, inbox, conductor.offer, metrics)
+    servicer = DraftServicer(digest, desk, attendants, inbox, conductor.offer, metrics)
 
     def add(server: grpc.aio.Server) -> None:
         drafts_pb2_grpc.add_DraftServiceServicer_to_server(servicer, server)

@@ -74,17 +74,9 @@ async def test_only_a_forced_offer_is_used_at_once(rig: Rig, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "name",
     [
-        "../config.json",
-        "/etc/passwd",
-        "a/model.safetensors",
-        "..",
-        ".safetensors",
-        "pytorch.bin",
-        "model.pt",
-        "run.py",
-        "a\\b.safetensors",
+        *("../config.json", "/etc/passwd", "a/model.safetensors", "..", ".safetensors"),
+        *("pytorch.bin", "model.pt", "run.py", "a\\b.safetensors", "a\0.safetensors"),
         "x" * 200 + ".safetensors",
-        "a\x00.safetensors",
     ],
 )
 async def test_files_that_no_draft_has_are_refused(rig: Rig, tmp_path: Path, name: str) -> None:
@@ -115,10 +107,7 @@ async def test_half_a_checkpoint_is_refused(rig: Rig, tmp_path: Path, missing: s
 @pytest.mark.parametrize(
     "header",
     [
-        b"",
-        b"\xff" * 8,
-        b"\x02\x00\x00\x00\x00\x00\x00\x00[]",
-        b"\x04\x00\x00\x00\x00\x00\x00\x00{{{{",
+        *(b"", b"\xff" * 8, b"\x02\0\0\0\0\0\0\0[]", b"\x04\0\0\0\0\0\0\0{{{{"),
         (10).to_bytes(8, "little") + b'{"a": "b"}',
     ],
 )
