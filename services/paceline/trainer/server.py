@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator, Awaitable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from paceline.domain.errors import (
     DeadlineError,
     InvalidRequestError,
     NotFoundError,
+    PacelineError,
     PreconditionError,
     UnavailableError,
 )
@@ -48,6 +50,8 @@ PLAN_PERIOD_S = 3.0
 """How often the plan is said again, so that workers know that somebody is there."""
 PIECE_TIMEOUT_S = 30.0
 """Longest wait for the next piece of an offer."""
+REFUSAL_S = 5.0
+"""Longest time in which a client that is refused may go on sending."""
 
 MAX_ID_CHARS = 256
 
@@ -179,15 +183,26 @@ class DraftServicer(_Base):  # type: ignore[misc]
         first = await _next(requests, PIECE_TIMEOUT_S)
         if first is None:
             raise InvalidRequestError("file", "nothing was offered", reason="not-a-draft")
+        try:
+            record = await self._take_in(first, requests)
+        except PacelineError:
+            await _read_on(requests)
+            raise
+        return drafts_pb2.OfferDraftResponse(draft=record_to_proto(record))
+
+    async def _take_in(
+        self,
+        first: drafts_pb2.OfferDraftRequest,
+        requests: AsyncIterator[drafts_pb2.OfferDraftRequest],
+    ) -> DraftRecord:
         drafter = _drafter(first.drafter)
         with self._inbox.turn():
             offer = await asyncio.to_thread(self._inbox.open)
             try:
                 await self._receive(offer, first, requests)
-                record = await self._offer(offer.directory, drafter, first.is_forced)
+                return await self._offer(offer.directory, drafter, first.is_forced)
             finally:
                 await asyncio.to_thread(offer.remove)
-        return drafts_pb2.OfferDraftResponse(draft=record_to_proto(record))
 
     async def _receive(
         self,
@@ -241,6 +256,14 @@ async def _next(requests: AsyncIterator[Any], timeout_s: float) -> Any:
             return await anext(requests, None)
     except TimeoutError as error:
         raise DeadlineError(f"nothing came for {timeout_s:g} s", reason="silent-peer") from error
+
+
+async def _read_on(requests: AsyncIterator[Any]) -> None:
+    """Let a client say the rest: one that is sending would not hear why it is refused."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(REFUSAL_S):
+            async for _ in requests:
+                pass
 
 
 async def _pieces(path: Path) -> AsyncIterator[bytes]:

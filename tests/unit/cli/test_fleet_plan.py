@@ -18,7 +18,9 @@ from paceline.cli.fleet_plan import (
 from paceline.gateway.settings import GatewaySettings
 from paceline.kvstore.settings import KvNodeSettings
 from paceline.process.settings import ServiceSettings
+from paceline.trainer.settings import TrainerSettings
 from paceline.worker.settings import WorkerSettings
+from tests.checkpoints import DEMO
 
 OPTIONS = PlatformOptions(model=Path("/models/demo"))
 URL = "redis://:secret@127.0.0.1:6379/0"
@@ -171,3 +173,38 @@ def test_a_restarted_gateway_keeps_its_ports() -> None:
         "grpc_port": 50123,
         "http_port": 50124,
     }
+
+
+@pytest.mark.parametrize(
+    ("options", "has_trainer"),
+    [
+        (OPTIONS, False),
+        (replace(OPTIONS, model=DEMO), True),
+        (replace(OPTIONS, model=DEMO, drafters="trie,model"), True),
+        (replace(OPTIONS, model=DEMO, drafters="trie,recycling"), False),
+        (replace(OPTIONS, model=DEMO, draft="none"), False),
+        (replace(OPTIONS, draft="/drafts/a"), True),
+        (replace(OPTIONS, model=DEMO, has_trainer=False), False),
+        (replace(OPTIONS, draft="/drafts/a", has_trainer=True), True),
+    ],
+)
+def test_there_is_a_trainer_where_there_is_a_draft(
+    options: PlatformOptions, has_trainer: bool
+) -> None:
+    roles = [spec.role for spec in plan(options).specs]
+    assert ("trainer" in roles) == has_trainer
+    assert roles.count("trainer") <= 1
+
+
+def test_the_trainer_gets_the_draft_and_one_thread() -> None:
+    options = replace(OPTIONS, draft="/drafts/a", draft_registry=Path("/registry"), threads=4)
+    (spec,) = plan(options).trainers
+    settings = settings_of(spec, TrainerSettings)
+    assert settings.model_dump(include={"model", "draft", "draft_registry", "member_id"}) == {
+        "model": Path("/models/demo"),
+        "draft": "/drafts/a",
+        "draft_registry": Path("/registry"),
+        "member_id": "trainer-0",
+    }
+    assert spec.env["OMP_NUM_THREADS"] == "1"
+    assert spec.grace_s == settings.model_dump()["drain_grace_s"] + 5.0

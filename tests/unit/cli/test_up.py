@@ -174,6 +174,15 @@ def test_up_names_a_redis_that_does_not_answer(tmp_path: Path) -> None:
     assert "child-started" not in done.stderr
 
 
+def test_a_trainer_needs_a_draft(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "paceline.cli", "up", "--model", str(DEMO)]
+    command += ["--trainer", "--draft", "none", "--log-dir", str(tmp_path / "logs")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "--trainer: there is no draft" in done.stderr
+    assert not (tmp_path / "logs").exists()
+
+
 def test_the_command_line_needs_no_torch() -> None:
     code = "import sys, paceline.cli.app; raise SystemExit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=30).returncode == 0
