@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator, Awaitable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,9 +16,7 @@ from paceline.domain.draft_files import is_draft_file
 from paceline.domain.draft_records import DraftRecord
 from paceline.domain.drafts import MODEL_DRAFTER
 from paceline.domain.errors import (
-    DeadlineError,
     InvalidRequestError,
-    NotFoundError,
     PacelineError,
     PreconditionError,
     UnavailableError,
@@ -35,12 +32,10 @@ from paceline.rpc.record_codec import record_to_proto
 from paceline.trainer.attendants import Attendant, Attendants
 from paceline.trainer.desk import Desk, DraftStore
 from paceline.trainer.offers import Inbox, Offer
+from paceline.trainer.streams import next_message, pieces, read_on
 from paceline.v1 import drafts_pb2, drafts_pb2_grpc
 
 SERVICE_NAME = "paceline.v1.DraftService"
-
-PIECE_BYTES = 256 * 1024
-"""Bytes per message of FetchDraft: large against the cost of a message, small against its limit."""
 
 FIRST_S = 5.0
 """Seconds in which a worker says who it is."""
@@ -50,8 +45,6 @@ PLAN_PERIOD_S = 3.0
 """How often the plan is said again, so that workers know that somebody is there."""
 PIECE_TIMEOUT_S = 30.0
 """Longest wait for the next piece of an offer."""
-REFUSAL_S = 5.0
-"""Longest time in which a client that is refused may go on sending."""
 
 MAX_ID_CHARS = 256
 
@@ -95,7 +88,7 @@ class DraftServicer(_Base):  # type: ignore[misc]
         self, requests: AsyncIterator[drafts_pb2.AttendRequest], context: object
     ) -> AsyncIterator[drafts_pb2.AttendResponse]:
         """Hear a worker and tell it the plan, until it leaves or the trainer ends."""
-        first = await _next(requests, FIRST_S)
+        first = await next_message(requests, FIRST_S)
         if first is None:
             return
         self._check_worker(first)
@@ -124,7 +117,7 @@ class DraftServicer(_Base):  # type: ignore[misc]
     async def _hear(
         self, requests: AsyncIterator[drafts_pb2.AttendRequest], attendant: Attendant
     ) -> None:
-        while (message := await _next(requests, SILENCE_S)) is not None:
+        while (message := await next_message(requests, SILENCE_S)) is not None:
             self._note(attendant, message)
 
     def _note(self, attendant: Attendant, message: drafts_pb2.AttendRequest) -> None:
@@ -155,7 +148,7 @@ class DraftServicer(_Base):  # type: ignore[misc]
         paths = await self._desk.read(lambda store: store.files(store.get(request.version).version))
         for path in paths:
             if is_draft_file(path.name):
-                async for data in _pieces(path):
+                async for data in pieces(path):
                     self._metrics.trainer_sent_bytes.inc(len(data))
                     yield drafts_pb2.FetchDraftResponse(file=path.name, data=data)
 
@@ -180,13 +173,13 @@ class DraftServicer(_Base):  # type: ignore[misc]
         self, requests: AsyncIterator[drafts_pb2.OfferDraftRequest], context: object
     ) -> drafts_pb2.OfferDraftResponse:
         """Take a checkpoint in, and let the conductor decide."""
-        first = await _next(requests, PIECE_TIMEOUT_S)
+        first = await next_message(requests, PIECE_TIMEOUT_S)
         if first is None:
             raise InvalidRequestError("file", "nothing was offered", reason="not-a-draft")
         try:
             record = await self._take_in(first, requests)
         except PacelineError:
-            await _read_on(requests)
+            await read_on(requests)
             raise
         return drafts_pb2.OfferDraftResponse(draft=record_to_proto(record))
 
@@ -214,7 +207,7 @@ class DraftServicer(_Base):  # type: ignore[misc]
         while message is not None:
             if message.file or message.data:
                 await asyncio.to_thread(offer.write, message.file, message.data)
-            message = await _next(requests, PIECE_TIMEOUT_S)
+            message = await next_message(requests, PIECE_TIMEOUT_S)
         await asyncio.to_thread(offer.finish)
 
     async def RollbackDraft(
@@ -243,46 +236,6 @@ class DraftServicer(_Base):  # type: ignore[misc]
 
         record = await self._desk.change(pin)
         return drafts_pb2.PinDraftResponse(draft=record_to_proto(record))
-
-
-async def _next(requests: AsyncIterator[Any], timeout_s: float) -> Any:
-    """Return the next message, None at the end.
-
-    Raises:
-        DeadlineError: none came in time.
-    """
-    try:
-        async with asyncio.timeout(timeout_s):
-            return await anext(requests, None)
-    except TimeoutError as error:
-        raise DeadlineError(f"nothing came for {timeout_s:g} s", reason="silent-peer") from error
-
-
-async def _read_on(requests: AsyncIterator[Any]) -> None:
-    """Let a client say the rest: one that is sending would not hear why it is refused."""
-    with suppress(TimeoutError):
-        async with asyncio.timeout(REFUSAL_S):
-            async for _ in requests:
-                pass
-
-
-async def _pieces(path: Path) -> AsyncIterator[bytes]:
-    """Yield a file's bytes, at least one piece.
-
-    Raises:
-        NotFoundError: it is not there any more.
-    """
-    try:
-        file = await asyncio.to_thread(open, path, "rb")
-        try:
-            data = await asyncio.to_thread(file.read, PIECE_BYTES)
-            yield data
-            while data := await asyncio.to_thread(file.read, PIECE_BYTES):
-                yield data
-        finally:
-            await asyncio.to_thread(file.close)
-    except FileNotFoundError as error:
-        raise NotFoundError("the version was removed", reason="draft-not-found") from error
 
 
 def _drafter(name: str) -> str:

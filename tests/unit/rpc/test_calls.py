@@ -35,10 +35,12 @@ ERRORS = [
     errors.PermissionDeniedError("not this model"),
     errors.NotFoundError("no such model", reason="other-reason"),
     errors.AlreadyExistsError("runs already"),
+    errors.PreconditionError("another model", reason="other-model"),
     errors.ExhaustedError("queue full", retry_after_s=2.5),
     errors.UnavailableError("draining", retry_after_s=0.25, reason="worker-stopping"),
     errors.DeadlineError("too late"),
     errors.RequestCancelledError("by the caller"),
+    errors.CorruptDraftError("other bytes"),
     errors.UnimplementedError("not built"),
     errors.InternalError(SECRET, reason="step-failed"),
 ]
