@@ -204,7 +204,6 @@ def _requests(
             domain=prompt.domain,
             allow_training=way.captures,
             is_seed_drawn=options.verifier == "rejection",
-            domain=prompt.domain,
         )
 
 
