@@ -59,9 +59,10 @@ class Asked:
         self.paths: list[list[tuple[int, ...]]] = []
         """[tree][question] the tokens from the root's child to the node."""
 
-    def start(self, budget: DraftBudget, source: str) -> AskedGrowth:
+    def start(self, budget: DraftBudget, source: str, *, is_greedy: bool = False) -> AskedGrowth:
         self.paths.append([])
-        return AskedGrowth(self._builder.start(budget, source), self.paths[-1])
+        growth = self._builder.start(budget, source, is_greedy=is_greedy)
+        return AskedGrowth(growth, self.paths[-1])
 
 
 class AskedGrowth:
