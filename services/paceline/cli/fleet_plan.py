@@ -56,6 +56,7 @@ class PlatformOptions:
     draft: str | None = None
     drafters: str | None = None
     verifier: str | None = None
+    deepen: int | None = None
     has_trainer: bool | None = None
     """Whether there is a trainer; None has one if there is a draft for it to look after."""
     draft_registry: Path | None = None
@@ -129,6 +130,7 @@ def plan_fleet(
         "draft": options.draft,
         "drafters": options.drafters,
         "verifier": options.verifier,
+        "deepen": options.deepen,
     }
     workers = tuple(
         ChildSpec(

@@ -137,6 +137,12 @@ def up(
             rich_help_panel=_SPECULATION,
         ),
     ] = None,
+    deepen: Annotated[
+        int | None,
+        typer.Option(
+            min=0, hidden=True, help="Identity layers added, for measuring: outputs stay."
+        ),
+    ] = None,
     redis_url: Annotated[
         str | None,
         typer.Option(
@@ -205,6 +211,7 @@ def up(
             draft=find_draft(draft),
             drafters=drafters,
             verifier=verifier,
+            deepen=deepen,
             has_trainer=trainer,
             draft_registry=draft_registry,
             arena_mb=arena_mb,

@@ -82,6 +82,8 @@ class WorkerSettings(ServiceSettings):
     itl_target_s: float = Field(default=0.0, ge=0)
     """Longest ITL in seconds that the operator wants; the trainer computes on this machine only
     where that leaves room. 0 leaves room whenever nothing runs."""
+    deepen: int = Field(default=0, ge=0)
+    """Identity layers added to the model, for measuring: outputs stay, steps take longer."""
     engine_stall_s: float = Field(default=30.0, gt=0)
     """Seconds without a sign of life after which the engine counts as hung and the worker
     ends; never below the time of ten predicted full steps."""
@@ -110,6 +112,7 @@ class WorkerSettings(ServiceSettings):
             draft_nodes=self.draft_nodes,
             draft_depth=self.draft_depth,
             draft_builder=self.draft_builder,
+            deepen=self.deepen,
             verifier=self.verifier,
             capture_share=0.0 if self.role == Role.PREFILL.value else self.capture_share,
             capture_top=self.capture_top,

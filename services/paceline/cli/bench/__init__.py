@@ -11,6 +11,7 @@ import typer
 from paceline.cli.bench.chunking import chunking
 from paceline.cli.bench.cost import cost
 from paceline.cli.bench.engine import engine
+from paceline.cli.bench.online import online
 from paceline.cli.bench.roofline import roofline
 from paceline.cli.bench.spec import spec
 
@@ -24,5 +25,6 @@ bench.command()(cost)
 bench.command()(chunking)
 bench.command()(roofline)
 bench.command()(spec)
+bench.command()(online)
 
 __all__ = ["bench"]
