@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
@@ -100,27 +101,29 @@ class DraftBank:
         assert self._loading is not None
         started_s = self._clock_s()
         loaded, self._loading = self._loading, None
-        # What becomes of old weights and memory must not keep the step: the thread lets go of it.
-        dropped: list[object] = [loaded]
-        state, error = None, loaded.exception()
+        # Giving back old weights and memory takes longer than all the rest: the thread does it.
+        dropped: list[object] = [loaded, dict(self._staged())]
+        error = loaded.exception()
         if self._next is not None:
             wanted, self._next = self._next, None
             self._load(wanted)
-        elif error is not None:
-            logger.warning("drafts-not-changed", extra={"fields": {"error": str(error)}})
-            state = self._state = _failed(self._state, error)
-        else:
-            dropped.append(dict(self._staged()))
+        elif error is None:
             self._swap(loaded.result())
-            stall_s = self._clock_s() - started_s
-            state = self._state = DraftState(
-                held=self._held(),
-                num_swaps=self._state.num_swaps + 1,
-                max_swap_stall_s=max(stall_s, self._state.max_swap_stall_s),
-            )
+        is_wanted, message = self._loading is None, _message(error)
         del loaded, error
         self._thread.submit(dropped.clear)
-        return state
+        if not is_wanted:
+            return None
+        if message:
+            logger.warning("drafts-not-changed", extra={"fields": {"error": message}})
+            self._state = replace(self._state, error=message)
+        else:
+            self._state = DraftState(
+                held=self._held(),
+                num_swaps=self._state.num_swaps + 1,
+                max_swap_stall_s=max(self._clock_s() - started_s, self._state.max_swap_stall_s),
+            )
+        return self._state
 
     def close(self) -> None:
         """Wait for the thread."""
@@ -186,8 +189,9 @@ class DraftBank:
     def _loaded(self, draft: StagedDraft) -> DraftModel:
         directory = Path(draft.directory)
         try:
+            loaded = load_draft_model(directory, self._target, self._options, draft.version)
             check_finite(directory)
-            return load_draft_model(directory, self._target, self._options, draft.version)
+            return loaded
         except OSError as error:
             raise UnsupportedModelError(f"{draft.version}: {error}") from error
 
@@ -242,10 +246,5 @@ def _yielding() -> Iterator[None]:
         sys.setswitchinterval(before)
 
 
-def _failed(state: DraftState, error: BaseException) -> DraftState:
-    return DraftState(
-        held=state.held,
-        num_swaps=state.num_swaps,
-        max_swap_stall_s=state.max_swap_stall_s,
-        error=str(error) or type(error).__name__,
-    )
+def _message(error: BaseException | None) -> str:
+    return "" if error is None else str(error) or type(error).__name__

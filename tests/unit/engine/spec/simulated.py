@@ -97,7 +97,9 @@ def drafting_s(cost: StepCost) -> Callable[[str, int, int], float]:
 
     def seconds(arm: str, sequences: int, levels: int) -> float:
         return sum(
-            levels * pass_s * (1 + 0.02 * sequences) if part == "model" else sequences * 20e-6
+            levels * pass_s * (1 + 0.02 * sequences)
+            if part.startswith("model")
+            else sequences * 20e-6
             for part in arm.split("+")
         )
 

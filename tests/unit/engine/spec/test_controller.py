@@ -201,6 +201,95 @@ def test_a_retired_arm_is_chosen_no_more() -> None:
     assert arms <= {"model", "recycling", OFF} and "model" in arms
 
 
+GOOD, BAD = Skill(0.85, 0.8), Skill(0.3, 0.6)
+BANK = {
+    "model:json": {"json": GOOD, "prose": BAD, "code": BAD},
+    "model:prose": {"json": BAD, "prose": GOOD, "code": BAD},
+    "model:code": {"json": BAD, "prose": BAD, "code": GOOD},
+}
+
+
+def arms_used(world: World, decider: Controller, steps: int) -> dict[str, Counter[str]]:
+    """How often each domain's sequences were drafted for, by arm."""
+    used: dict[str, Counter[str]] = {domain: Counter() for domain in ("json", "prose", "code")}
+    for step in range(steps):
+        rows = rows_of(list(used), step // 100 * 1000)
+        for row, outcome in zip(rows, world.step(decider, rows), strict=True):
+            if outcome.decision.reason == "on":
+                used[row.domain][outcome.decision.arm] += 1
+    return used
+
+
+@pytest.mark.parametrize("cost", [MEMORY_BOUND, SMALL_CPU])
+def test_each_domain_gets_the_draft_of_a_bank_that_knows_it(cost: StepCost) -> None:
+    world, decider = World(cost, skills=BANK), controller(cost, arms=tuple(BANK))
+    arms_used(world, decider, 1500)
+    for domain, counts in arms_used(world, decider, 600).items():
+        assert counts[f"model:{domain}"] > 0.85 * counts.total() > 200, domain
+
+
+def test_arms_come_and_go_and_the_others_stay_known() -> None:
+    skills = {**BANK, "trie": SKILLS["trie"]}
+    world, decider = (
+        World(SMALL_CPU, skills=skills),
+        controller(SMALL_CPU, arms=("model:json", "trie")),
+    )
+    arms_used(world, decider, 600)
+    json_before = arms_used(world, decider, 200)["json"]
+    decider.add(["model:prose"])
+    # New ones are tried first of all.
+    tried = Counter(
+        outcome.decision.arm
+        for _ in range(30)
+        for outcome in world.step(decider, rows_of(["prose"], 90_000))
+        if outcome.decision.reason == "explore"
+    )
+    assert tried["model:prose"] >= 4
+    arms_used(world, decider, 1000)
+    used = arms_used(world, decider, 300)
+    assert used["prose"]["model:prose"] > 0.8 * used["prose"].total() > 0
+    assert used["json"]["model:json"] > 0.8 * json_before["model:json"]
+    decider.retire(["model:json"])
+    decider.add(["model:code"])
+    arms_used(world, decider, 1000)
+    used = arms_used(world, decider, 300)
+    assert "model:json" not in used["json"]
+    assert used["code"]["model:code"] > 0.8 * used["code"].total() > 0
+    assert not any(arm == "model:json" for arm, _ in decider.decisions)
+
+
+def test_however_many_arms_there_were_memory_is_bounded() -> None:
+    world, decider = World(SMALL_CPU, skills=SKILLS), controller(SMALL_CPU, arms=("trie",))
+    rows = rows_of(["json", "code"])
+    sizes = []
+    for i in range(200):
+        name = f"model:{i}"
+        world.skills = {**SKILLS, name: SKILLS["model"]}
+        decider.add([name])
+        for _ in range(6):
+            world.step(decider, rows)
+        decider.retire([name])
+        decider.add([])
+        sizes.append(
+            len(decider.decisions)
+            + sum(len(known.profiles) + len(known.calibrations) for known in decider._known())
+            + sum(len(s.profiles) for s in decider._sequences.values())
+        )
+    assert max(sizes[100:]) <= max(sizes[:20]) + 4
+
+
+def test_renewed_weights_get_a_new_chance_at_once() -> None:
+    skills = {"trie": SKILLS["trie"], "model": {"prose": Skill(0.02, 0.7)}}
+    world, decider = World(SMALL_CPU, skills=skills), controller(SMALL_CPU, arms=("trie", "model"))
+    run(world, decider, ["prose"], 1500)
+    skills["model"]["prose"] = SKILLS["model"]["prose"]
+    decider.renew(["model"])
+    run(world, decider, ["prose"], 300, first=1500)
+    world.reset()
+    run(world, decider, ["prose"], 600, first=1800)
+    assert world.rate >= 1.3 * world.off_rate(1)
+
+
 def test_equal_seeds_decide_alike() -> None:
     def history() -> list[tuple[str, str, int]]:
         world, decider = World(SMALL_CPU, seed=5), controller(SMALL_CPU, seed=5)

@@ -25,7 +25,10 @@ def trees(draw: st.DrawFn) -> DraftTree:
         values.append(above * draw(st.floats(0.05, 1.0)))
     size = len(parents)
     tokens = tuple(range(size))
-    return DraftTree(tokens, tuple(parents), (0.5,) * size, tuple(values), ("any",) * size)
+    also = {node: (f"also {node}",) for node in draw(st.sets(st.integers(0, 4))) if node < size}
+    return DraftTree(
+        tokens, tuple(parents), (0.5,) * size, tuple(values), ("any",) * size, also=also
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -52,6 +55,7 @@ def test_no_other_set_of_nodes_is_faster(
             above = ROOT if part.parents[node] == ROOT else part.tokens[part.parents[node]]
             assert tree.parents[token] == above
             assert part.values[node] == tree.values[token]
+            assert part.proposers(node) == tree.proposers(token)
 
 
 def test_nothing_stays_nothing() -> None:

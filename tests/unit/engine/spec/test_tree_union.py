@@ -96,6 +96,17 @@ DRAFT = (0.4, 0.3, 0.2, 0.1)
 TARGET = (0.1, 0.25, 0.3, 0.35)
 
 
+def test_all_who_proposed_a_node_are_named() -> None:
+    first = flat([1, 2], [0.5, 0.3], "a")
+    second = flat([2, 3], [0.4, 0.2], "b")
+    third = flat([2], [0.1], "c")
+    merged = merge([first, second, third], budget(8, 8))
+    names = {merged.tokens[n]: merged.proposers(n) for n in range(len(merged))}
+    assert names == {1: ("a",), 2: ("a", "b", "c"), 3: ("b",)}
+    cut = merge([first, second], budget(1, 8))
+    assert all(n < len(cut) for n in cut.also)
+
+
 def drawn_tree(tokens: Path) -> DraftTree:
     proposal = Proposal((0, 1, 2, 3), DRAFT, num_drawn=len(tokens))
     tree = flat(list(tokens), list(REACHED[: len(tokens)]), "model")
