@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+import torch
+from safetensors.torch import load_file, save_file
 
 from paceline.v1.inference_pb2 import SpeculationParams
 from tests.checkpoints import DEMO
@@ -36,12 +36,12 @@ def other_draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the demo draft with slightly other weights."""
     directory = tmp_path_factory.mktemp("other") / "draft"
     shutil.copytree(DEMO / "draft", directory)
-    noise, weights = np.random.default_rng(0), directory / "model.safetensors"
+    weights, noise = directory / "model.safetensors", torch.Generator().manual_seed(0)
     tensors = load_file(weights)
     for name, tensor in tensors.items():
-        scale = 0.01 * float(np.abs(tensor.astype(np.float32)).mean())
-        shaken = tensor + scale * noise.standard_normal(tensor.shape)
-        tensors[name] = shaken.astype(tensor.dtype)
+        scale = 0.01 * tensor.float().abs().mean()
+        shaken = tensor.float() + scale * torch.randn(tensor.shape, generator=noise)
+        tensors[name] = shaken.to(tensor.dtype)
     save_file(tensors, weights)
     return directory
 

@@ -49,10 +49,12 @@ class Rig:
 
 
 @asynccontextmanager
-async def trainer_rig(directory: Path, port: int = 0, digest: str = DIGEST) -> AsyncIterator[Rig]:
-    """Serve a registry in `directory`, made with a floor if it is empty."""
+async def trainer_rig(
+    directory: Path, port: int = 0, digest: str = DIGEST, floor: Path | None = None
+) -> AsyncIterator[Rig]:
+    """Serve a registry in `directory`, by default with a small floor made there."""
     metrics = Metrics("trainer")
-    floor = directory / "floor"
+    floor = floor or directory / "floor"
     if not floor.exists():
         make_draft(floor, seed=0)
     registry = Registry(directory / "registry", model_digest=digest, time_s=time.time)
