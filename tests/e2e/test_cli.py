@@ -83,6 +83,7 @@ def test_status_shows_the_fleet(demo_platform: Platform) -> None:
         "prefill",
         "decode",
         "kvstore",
+        "trainer",
     }
 
 
