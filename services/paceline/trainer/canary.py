@@ -27,8 +27,8 @@ class CanaryRules:
     """When a trial ends, and how."""
 
     alpha: float = 0.05
-    """Probability at most of taking back one that is as good, or promoting one that loses
-    `max_loss`, however often it is looked at."""
+    """Probability at most, before `max_sequences`, of taking back one that is as good, or promoting
+    one that loses `max_loss`, however often it is looked at."""
     max_loss: float = 0.02
     """Acceptance that counts as no loss: the gate has shown a gain already."""
     pair_positions: int = 32

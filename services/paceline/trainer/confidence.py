@@ -27,6 +27,7 @@ _PRIOR_WEIGHT = 1.0
 """Of a difference of 0 in a prediction."""
 _GRID = tuple(0.9 * 0.75**k for k in range(18))
 """Of l: each is best for some V between 1 and 100,000."""
+_MAX_STEPS = 50
 _PSI = tuple(-math.log1p(-rate) - rate for rate in _GRID)
 
 
@@ -48,6 +49,7 @@ class RunningMean:
         self._sum = 0.0
         self._variance = 0.0
         self._past: dict[Hashable, tuple[float, float]] = {}
+        self._known: dict[float, Bounds] = {}
 
     def note(self, difference: float, weight: float, group: Hashable = None) -> None:
         """Take a difference in [-1, 1] and its weight in (0, 1].
@@ -59,6 +61,7 @@ class RunningMean:
         past_sum, past_weight = self._past.get(group, (0.0, _PRIOR_WEIGHT))
         predicted = min(max(past_sum / past_weight, -_PREDICTED), _PREDICTED)
         self._past[group] = (past_sum + weight * difference, past_weight + weight)
+        self._known.clear()
         self.weight += weight
         self._sum += weight * difference
         self._variance += (weight * (difference - predicted)) ** 2
@@ -67,22 +70,29 @@ class RunningMean:
         """Return the mean and its bounds; without data they say nothing."""
         if not self.weight:
             return Bounds(0.0, -1.0, 1.0)
-        mean = self._sum / self.weight
-        radius = _SCALE * boundary(self._variance / _SCALE**2, alpha) / self.weight
-        return Bounds(mean, max(-1.0, mean - radius), min(1.0, mean + radius))
+        if alpha not in self._known:
+            mean = self._sum / self.weight
+            radius = _SCALE * boundary(self._variance / _SCALE**2, alpha) / self.weight
+            self._known[alpha] = Bounds(mean, max(-1.0, mean - radius), min(1.0, mean + radius))
+        return self._known[alpha]
 
 
 def boundary(variance: float, alpha: float) -> float:
-    """Return the least s at which mean over l of exp(l s - psi(l) variance) reaches 1/alpha."""
+    """Return the least s at which the mean over l of exp(l s - psi(l) variance) reaches 1/alpha.
+
+    Newton's method from above: the logarithm of the mean is convex in s, so no step passes it.
+    """
     target = math.log(len(_GRID) / alpha)
-    low, high = (
-        0.0,
-        min((target + psi * variance) / rate for rate, psi in zip(_GRID, _PSI, strict=True)),
-    )  # One term alone reaches it at `high`.
-    while high - low > 1e-9 * (1.0 + high):
-        middle = (low + high) / 2
-        exponents = [rate * middle - psi * variance for rate, psi in zip(_GRID, _PSI, strict=True)]
+    # Where one term alone reaches it.
+    s = min((target + psi * variance) / rate for rate, psi in zip(_GRID, _PSI, strict=True))
+    for _ in range(_MAX_STEPS):
+        exponents = [rate * s - psi * variance for rate, psi in zip(_GRID, _PSI, strict=True)]
         largest = max(exponents)
-        total = largest + math.log(sum(math.exp(e - largest) for e in exponents))
-        low, high = (low, middle) if total >= target else (middle, high)
-    return high
+        terms = [math.exp(exponent - largest) for exponent in exponents]
+        total = sum(terms)
+        slope = sum(rate * term for rate, term in zip(_GRID, terms, strict=True)) / total
+        step = (largest + math.log(total) - target) / slope
+        s -= step
+        if step <= 1e-9 * (1.0 + s):
+            break
+    return s

@@ -39,7 +39,7 @@ class Grant:
     threads: int
     """0 for nothing."""
     seconds: float
-    """From the moment on."""
+    """How long the answer holds without news; then training ends, and one asks again."""
     reason: str
     """Stable, lower-kebab."""
 
@@ -86,7 +86,7 @@ class IdleMachine:
     def grant(self, moment: Moment) -> Grant:
         """See SpareCapacity."""
         if any(slack.is_busy for slack in moment.workers.values()):
-            return Grant(0, 0.0, "busy")
+            return Grant(0, self._rules.grant_s, "busy")
         return Grant(moment.num_cores, self._rules.grant_s, "idle")
 
 
@@ -112,22 +112,18 @@ class LeftoverCores:
         threads, reason = self._spare(moment)
         if threads == 0:
             self._end(moment.now_s)
-            return Grant(0, 0.0, reason)
+            return Grant(0, self._rules.grant_s, reason)
         if self._free_since_s is None:
             self._free_since_s = moment.now_s
         if self._threads == 0:
-            if moment.now_s - self._free_since_s < self._settle_s:
-                return Grant(0, 0.0, "settling")
+            left_s = self._free_since_s + self._settle_s - moment.now_s
+            if left_s > 0:
+                return Grant(0, left_s, "settling")
             self._begun_s = moment.now_s
         if moment.now_s - self._begun_s >= 2 * self._rules.micro_step_s:
             self._settle_s = self._rules.settle_s
         self._threads = threads
         return Grant(threads, self._rules.grant_s, reason)
-
-    @property
-    def retry_after_s(self) -> float:
-        """When to ask again after "settling", without an event."""
-        return self._settle_s
 
     def _spare(self, moment: Moment) -> tuple[int, str]:
         rules = self._rules

@@ -22,7 +22,7 @@ class SpareLedger:
         """Core seconds of training."""
         self.num_yields = 0
         """Times that a running grant was taken back."""
-        self._seconds: dict[str, float] = defaultdict(float)
+        self._seconds: defaultdict[str, float] = defaultdict(float)
         self._last: tuple[Moment, Grant] | None = None
 
     def note(self, moment: Moment, grant: Grant) -> None:
