@@ -30,6 +30,9 @@ class Moment:
     """Measured since the last moment that had a figure; see idle_cores.py."""
     training_threads: int = 0
     """That training uses now."""
+    training_cores: float | None = None
+    """Processor time of training over the time that `idle_cores` covers. It gets less than its
+    threads where others compute; None takes the threads, and then hides them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +165,9 @@ class LeftoverCores:
             self._idle_since_s = moment.now_s
         is_settled = moment.now_s - self._idle_since_s >= self._rules.foreign_after_s
         if moment.idle_cores is not None and is_settled:
-            used = moment.num_cores - moment.idle_cores - moment.training_threads
+            own = moment.training_cores
+            own = float(moment.training_threads) if own is None else own
+            used = moment.num_cores - moment.idle_cores - own
             self._foreign = min(max(0.0, used), float(moment.num_cores))
 
 
