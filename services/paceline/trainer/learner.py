@@ -114,8 +114,8 @@ class OnlineLearner:
         self.replay.add(text)
         self.counters.num_samples += 1
         # As the buffer does: labels are the clients' choice, so their number is bounded.
-        counts, shelf = self.counters.samples_by_domain, self.replay.shelf_of(text.domain)
-        counts[shelf] = counts.get(shelf, 0) + 1
+        by_domain, domain = self.counters.samples_by_domain, self.replay.shelf_of(text.domain)
+        by_domain[domain] = by_domain.get(domain, 0) + 1
 
     # -- learning -------------------------------------------------------------------------
 

@@ -26,9 +26,9 @@ def code(chance: random.Random) -> str:
     body = chance.choice(
         (
             f"    if {a} is None:\n        return {b}\n    for {c} in {b}:\n        {a}.add({c})\n",
-            f"    try:\n        {a} = self.{b}[{c}]\n    except KeyError:\n        raise Error({c})\n",  # noqa: E501
+            f"    try:\n        {a} = self.{b}[{c}]\n    except Error:\n        raise {c}\n",
             f"    {a} = len({b})\n    while {a} > 0:\n        {c} = {b}.pop()\n        {a} -= 1\n",
-            f"    with open({a}) as {b}:\n        {c} = {b}.read()\n    if not {c}:\n        pass\n",  # noqa: E501
+            f"    with open({a}) as {b}:\n        {c} = {b}.read()\n    if {c}:\n        pass\n",
         )
     )
     return f"def {verb}_{a}({a}, {b}, {c}=None):\n{body}    return {a}\n"
