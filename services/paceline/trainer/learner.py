@@ -27,7 +27,7 @@ from paceline.trainer.judging import Judged, judge_all
 from paceline.trainer.learner_options import LearnerOptions
 from paceline.trainer.losses import LOSSES
 from paceline.trainer.micro_batches import MicroBatches, Pace
-from paceline.trainer.replay import ReplayBuffer
+from paceline.trainer.replay import OTHER, ReplayBuffer
 from paceline.trainer.samples import text_of
 from paceline.trainer.sliced_adamw import NotFiniteError, SlicedAdamW
 from paceline.trainer.texts import Batch, Text
@@ -35,6 +35,8 @@ from paceline.trainer.train import learned_logits
 
 logger = logging.getLogger(__name__)
 
+_MAX_COUNTED = 128
+"""Domains that are counted apart; those of the replay buffer come and go."""
 _RESTORED_RATE = 0.5
 """Of the learning rate, after good weights had to be brought back."""
 
@@ -115,6 +117,8 @@ class OnlineLearner:
         self.counters.num_samples += 1
         # As the buffer does: labels are the clients' choice, so their number is bounded.
         by_domain, domain = self.counters.samples_by_domain, self.replay.shelf_of(text.domain)
+        if domain not in by_domain and len(by_domain) >= _MAX_COUNTED:
+            domain = OTHER
         by_domain[domain] = by_domain.get(domain, 0) + 1
 
     # -- learning -------------------------------------------------------------------------
