@@ -26,7 +26,8 @@ from paceline.trainer.options import Tokens
 from paceline.trainer.texts import Text
 
 TEMPERATURES = (0.0, 0.6, 0.8, 1.0)
-"""Of answers, in turn; turns of the user are always drawn at 1, to be as various as can be."""
+"""Of answers, in turn, unless asked otherwise. Turns of the user are always drawn at 1, to be as
+various as can be."""
 
 _TURN_SHARE = 3
 """A user's turn gets one in so many of the context's tokens."""
@@ -52,6 +53,8 @@ class WriterPlan:
     seed: int
     num_texts: int | None = None
     """How many to begin; None never stops."""
+    temperatures: tuple[float, ...] = TEMPERATURES
+    """Of answers, in turn."""
 
 
 @dataclass(slots=True)
@@ -76,7 +79,7 @@ class TargetWriter:
         self._engine = engine
         self._plan = plan
         self._random = random.Random(plan.seed)
-        self._temperatures = itertools.cycle(TEMPERATURES)
+        self._temperatures = itertools.cycle(plan.temperatures)
         self._prompts = itertools.cycle(plan.prompts)
         self._names = itertools.count()
         self._drafts: dict[str, _Draft] = {}

@@ -14,6 +14,7 @@ from paceline.cli.bench.engine import engine
 from paceline.cli.bench.online import online
 from paceline.cli.bench.roofline import roofline
 from paceline.cli.bench.spec import spec
+from paceline.cli.bench.training import training
 
 bench = typer.Typer(
     name="bench",
@@ -26,5 +27,6 @@ bench.command()(chunking)
 bench.command()(roofline)
 bench.command()(spec)
 bench.command()(online)
+bench.command()(training)
 
 __all__ = ["bench"]

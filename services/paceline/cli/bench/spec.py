@@ -67,14 +67,14 @@ def spec(
     """Compare a drafter with no speculation on the same prompts, in turns."""
     try:
         directory = find_model(model)
-        lines = _read_prompts(prompts, directory, limit)
+        lines = read_prompts(prompts, directory, limit)
         with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
             json.dump(lines, file)
             file.flush()
             options = SpecOptions(
                 model=str(directory),
                 prompts=file.name,
-                draft=_draft_of(directory, draft),
+                draft=draft_of(directory, draft),
                 medusa=None if medusa is None else str(medusa),
                 drafter=drafter,
                 concurrency=concurrency,
@@ -100,7 +100,7 @@ def spec(
     raise typer.Exit(exit_code)
 
 
-def _draft_of(model: Path, draft: Path | None) -> str | None:
+def draft_of(model: Path, draft: Path | None) -> str | None:
     """Return the draft model asked for, else the one that lies with the model."""
     if draft is not None:
         if not (draft / "config.json").is_file():
@@ -110,7 +110,7 @@ def _draft_of(model: Path, draft: Path | None) -> str | None:
     return str(own) if (own / "config.json").is_file() else None
 
 
-def _read_prompts(path: Path, model: Path, limit: int | None) -> list[dict[str, Any]]:
+def read_prompts(path: Path, model: Path, limit: int | None) -> list[dict[str, Any]]:
     """Read and tokenise prompts.
 
     Raises:
