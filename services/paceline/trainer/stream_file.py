@@ -1,7 +1,7 @@
 """A recorded stream: serialized samples in the order of time, each behind its length.
 
 The lengths are protobuf's usual varints (parseDelimitedFrom of other languages reads the file).
-record.py writes it, or anybody who listens to the samples of a fleet; compare.py reads it.
+recording.py writes it, or anybody who listens to the samples of a fleet; compare.py reads it.
 """
 
 from __future__ import annotations
