@@ -20,15 +20,18 @@ import math
 from collections.abc import Hashable
 from dataclasses import dataclass
 
-_PREDICTED = 0.25
-"""h: predictions beyond this are cut; differences between drafts are smaller."""
+_PREDICTED = 0.1
+"""h: predictions beyond this are cut. Drafts differ by less on the whole, and every bit of it is
+paid for by c."""
 _SCALE = 1.0 + _PREDICTED
 _PRIOR_WEIGHT = 1.0
 """Of a difference of 0 in a prediction."""
-_GRID = tuple(0.9 * 0.75**k for k in range(18))
-"""Of l: each is best for some V between 1 and 100,000."""
+_RATES = tuple(0.95 * 0.6**k for k in range(8))
+"""The grid of l. Each is best for some V; drafts that are compared in pairs vary little, so the
+greatest counts most."""
+_SHARES = tuple(0.7**k / sum(0.7**j for j in range(8)) for k in range(8))
+_PSI = tuple(-math.log1p(-rate) - rate for rate in _RATES)
 _MAX_STEPS = 50
-_PSI = tuple(-math.log1p(-rate) - rate for rate in _GRID)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,15 +85,16 @@ def boundary(variance: float, alpha: float) -> float:
 
     Newton's method from above: the logarithm of the mean is convex in s, so no step passes it.
     """
-    target = math.log(len(_GRID) / alpha)
+    target = -math.log(alpha)
+    offsets = [math.log(share) - psi * variance for share, psi in zip(_SHARES, _PSI, strict=True)]
     # Where one term alone reaches it.
-    s = min((target + psi * variance) / rate for rate, psi in zip(_GRID, _PSI, strict=True))
+    s = min((target - offset) / rate for rate, offset in zip(_RATES, offsets, strict=True))
     for _ in range(_MAX_STEPS):
-        exponents = [rate * s - psi * variance for rate, psi in zip(_GRID, _PSI, strict=True)]
+        exponents = [rate * s + offset for rate, offset in zip(_RATES, offsets, strict=True)]
         largest = max(exponents)
         terms = [math.exp(exponent - largest) for exponent in exponents]
         total = sum(terms)
-        slope = sum(rate * term for rate, term in zip(_GRID, terms, strict=True)) / total
+        slope = sum(rate * term for rate, term in zip(_RATES, terms, strict=True)) / total
         step = (largest + math.log(total) - target) / slope
         s -= step
         if step <= 1e-9 * (1.0 + s):
