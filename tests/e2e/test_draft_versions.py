@@ -84,8 +84,10 @@ async def test_an_offered_version_is_drafted_with_and_taken_back(
     plain = await asked(platform, mode="OFF")
     await until_drafted_with(platform, floor["version"], plain)
     offered = draft(platform, "offer", str(other_draft), "--force")
-    assert offered["version"] != floor["version"]
+    assert (offered["version"] != floor["version"], offered["stage"]) == (True, "canary")
+    draft(platform, "pin", offered["version"])
     await until_drafted_with(platform, offered["version"], plain)
+    draft(platform, "unpin")
     assert draft(platform, "rollback")["version"] == floor["version"]
     await until_drafted_with(platform, floor["version"], plain)
 
@@ -105,5 +107,6 @@ async def test_serving_outlives_the_trainer_which_comes_back(
         return done.returncode == 0
 
     until_sync(is_back, 30)
-    offered = draft(platform, "offer", str(other_draft), "--force")
+    (offered,) = [record for record in draft(platform, "list") if not record["is_floor"]]
+    draft(platform, "pin", offered["version"])
     await until_drafted_with(platform, offered["version"], plain)

@@ -54,12 +54,15 @@ async def test_an_operator_offers_lists_shows_pins_and_rolls_back(rig: Rig, tmp_
     asked = await answer("offer", str(drafts[0]), *at)
     assert asked["stage"] == "candidate"
     forced = await answer("offer", str(drafts[1]), "--force", *at)
-    assert (forced["stage"], forced["parent"]) == ("active", floor["version"])
+    assert (forced["stage"], forced["parent"]) == ("canary", floor["version"])
     assert [record["version"] for record in await answer("list", *at)] == [
         record["version"] for record in (forced, asked, floor)
     ]
     assert (await answer("show", forced["version"][:5], *at)) == forced
 
+    taken = await answer("pin", forced["version"], *at)
+    assert (taken["version"], taken["stage"]) == (forced["version"], "active")
+    await answer("unpin", *at)
     back = await answer("rollback", *at)
     assert back["version"] == floor["version"]
     shown = await answer("show", forced["version"], *at)

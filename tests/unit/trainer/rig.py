@@ -23,6 +23,7 @@ from paceline.trainer.desk import Desk
 from paceline.trainer.offers import Inbox
 from paceline.trainer.registry import Registry
 from paceline.trainer.server import SERVICE_NAME, DraftServicer
+from paceline.trainer.trials import Trials
 from paceline.v1 import drafts_pb2, drafts_pb2_grpc
 from tests.unit.trainer.small_drafts import make_draft
 
@@ -60,8 +61,9 @@ async def trainer_rig(
     registry = Registry(directory / "registry", model_digest=digest, time_s=time.time)
     attendants = Attendants(metrics)
     desk = Desk(registry, attendants)
-    conductor = Conductor(desk, attendants)
-    await conductor.start(floor)
+    trials = Trials(desk, None, directory / "registry" / "candidates", metrics)
+    conductor = Conductor(attendants, trials, None, "here")
+    await desk.change(lambda store: store.import_floor(floor))
     incoming = directory / "registry" / "incoming"
     inbox = Inbox(incoming, OFFER_BYTES)
     servicer = DraftServicer(digest, desk, attendants, inbox, conductor.offer, metrics)

@@ -11,7 +11,9 @@ from typing import Any
 import grpc
 import pytest
 
+from paceline.domain.draft_records import DraftStage
 from paceline.rpc.channel import map_rpc_error
+from paceline.trainer.desk import DraftStore
 from paceline.v1.drafts_pb2 import FetchDraftRequest, OfferDraftRequest
 from tests.unit.trainer.rig import OFFER_BYTES, Rig, trainer_rig
 from tests.unit.trainer.small_drafts import make_draft
@@ -62,13 +64,14 @@ async def test_what_was_offered_can_be_fetched(rig: Rig, tmp_path: Path) -> None
     assert list(rig.incoming.iterdir()) == []
 
 
-async def test_only_a_forced_offer_is_used_at_once(rig: Rig, tmp_path: Path) -> None:
+async def test_only_a_forced_offer_goes_on_trial_at_once(rig: Rig, tmp_path: Path) -> None:
     asked = await offer(rig, pieces_of(make_draft(tmp_path / "a", 1)))
     active = rig.registry.active()
     assert active is not None and active.is_floor and asked.version != active.version
     forced = await offer(rig, pieces_of(make_draft(tmp_path / "b", 2), is_forced=True))
-    active = rig.registry.active()
-    assert active is not None and active.version == forced.version
+    active, trial = rig.registry.active(), rig.registry.canary()
+    assert active is not None and active.is_floor
+    assert trial is not None and trial.version == forced.version
 
 
 @pytest.mark.parametrize(
@@ -156,7 +159,12 @@ async def test_an_unknown_version_is_not_found(rig: Rig) -> None:
 
 async def test_a_change_is_published_also_if_its_caller_leaves(rig: Rig, tmp_path: Path) -> None:
     directory = make_draft(tmp_path / "draft", 1)
-    task = asyncio.create_task(rig.conductor.offer(directory, "model", True))
+
+    def take(store: DraftStore) -> None:
+        record = store.add(directory, drafter="model", parent="", num_samples=0, num_tokens=0)
+        store.decide(record.version, DraftStage.ACTIVE, "test")
+
+    task = asyncio.create_task(rig.desk.change(take))
     await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
