@@ -107,7 +107,7 @@ def unpin(
 
 def offer(
     directory: Annotated[Path, typer.Argument(help="Checkpoint directory of the draft.")],
-    force: Annotated[bool, typer.Option(help="Use it without asking the gate.")] = False,
+    force: Annotated[bool, typer.Option(help="Put it on trial without asking the gate.")] = False,
     drafter: _Drafter = "model",
     endpoint: _Endpoint = None,
     gateway: _Gateway = DEFAULT_GATEWAY,
