@@ -19,7 +19,7 @@ from paceline.trainer.checkpoint import load_draft
 from paceline.trainer.compare import compare
 from paceline.trainer.compare_options import CompareOptions, RecordOptions, from_json, to_json
 from paceline.trainer.judging import judge
-from paceline.trainer.record import origins
+from paceline.trainer.recording import origins
 from paceline.trainer.samples import text_of
 from paceline.trainer.stream_file import read_stream, write_stream
 from tests.unit.trainer.traffic import samples_of, small_draft
