@@ -24,7 +24,7 @@ def make_trainer(redis_url: str, tmp_path: Path) -> Iterator[Maker]:
     made: list[TrainerProcess] = []
 
     def make(*flags: str, name: str = "trainer-0") -> TrainerProcess:
-        made.append(TrainerProcess(redis_url, tmp_path, flags, name))
+        made.append(TrainerProcess(redis_url, tmp_path, ("--no-training", *flags), name))
         return made[-1]
 
     yield make
@@ -56,7 +56,7 @@ async def test_it_brings_the_floor_keeps_offers_and_ends_in_order(
     assert not any(line["level"] == "error" for line in trainer.log_lines)
 
     again = await make_trainer("--draft-registry", str(registry)).start()
-    assert again.draft_version == offered.version
+    assert again.draft_version == floor.version, "the offer is on trial"
     assert {r.version for r in await records(again.address)} == {floor.version, offered.version}
 
 

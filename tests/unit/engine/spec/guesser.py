@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 
 from paceline.domain.cost import StepShape
+from paceline.domain.learnings import SequenceOutcome
 from paceline.engine import request
 from paceline.engine.spec.drafter import NO_NEEDS, DrafterNeeds
 from paceline.engine.spec.tree import ROOT, DraftTree
@@ -56,6 +57,9 @@ class Guesser:
         for row, brought in zip(plan.rows, result.rows, strict=True):
             self.num_drafted += len(row.tree)
             self.num_accepted += len(brought.path)
+
+    def take_outcomes(self) -> list[SequenceOutcome]:
+        return []
 
     def drafted_by(self, sequence_id: int) -> str:
         return "guess"
