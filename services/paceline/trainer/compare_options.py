@@ -37,9 +37,9 @@ class CompareOptions:
     """File of samples in the order of time."""
     draft: str
     """Directory of the draft that each way starts from."""
-    losses: tuple[str, ...] = ("forward-kl",)
+    losses: tuple[str, ...] = ("lk",)
     positions: tuple[str, ...] = ("all",)
-    learning_rates: tuple[float, ...] = (1e-3,)
+    learning_rates: tuple[float, ...] = (2e-4,)
     minutes: float | None = None
     """Time for all ways together; what does not fit of the stream is left out of all. None reads
     all of it."""

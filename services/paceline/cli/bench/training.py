@@ -45,7 +45,7 @@ def training(
     positions: Annotated[str, typer.Option(help="Positions to compare, by commas.")] = (
         "all,accepted,first-rejected"
     ),
-    rates: Annotated[str, typer.Option(help="Learning rates to compare, by commas.")] = "1e-3",
+    rates: Annotated[str, typer.Option(help="Learning rates to compare, by commas.")] = "2e-4",
     minutes: Annotated[
         float | None,
         typer.Option(

@@ -156,3 +156,24 @@ def test_an_installation_without_an_engine_says_so(monkeypatch: pytest.MonkeyPat
 def test_options_survive_the_way_to_the_process() -> None:
     options = BenchOptions(model=str(Path("x")), dtype="bf16", seed=3, batch_invariant=True)
     assert BenchOptions.from_json(options.to_json()) == options
+
+
+def test_the_training_bench_records_a_stream_and_learns_from_it(tmp_path: Path) -> None:
+    prompts, stream = tmp_path / "prompts.jsonl", tmp_path / "stream"
+    lines = [{"prompt": f"How many are {i} and {i + 2}?", "domain": "math"} for i in range(6)]
+    prompts.write_text("\n".join(map(json.dumps, lines)))
+    flags = ("bench", "training", "--model", str(DEMO), "--threads", "1", "--json")
+    recorded = paceline(
+        *flags, "--record", str(stream), "--prompts", str(prompts), "--max-tokens", "12"
+    )
+    assert recorded.returncode == 0, recorded.stderr
+    (line,) = recorded.stdout.splitlines()
+    assert json.loads(line)["samples"] == 6
+    learned = paceline(*flags, "--stream", str(stream), "--losses", "lk,forward-kl")
+    assert learned.returncode == 0, learned.stderr
+    (line,) = learned.stdout.splitlines()
+    report = json.loads(line)
+    assert len(report["ways"]) == 6 and report["samples"] == 6
+    assert report["best"] in {way["name"] for way in report["ways"]}
+    neither = paceline(*flags)
+    assert neither.returncode != 0 and "--stream" in neither.stderr
