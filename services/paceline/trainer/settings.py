@@ -34,9 +34,7 @@ class TrainerSettings(ServiceSettings):
     """Largest checkpoint in MiB that operators may offer."""
     training: bool = True
     """Whether a learner trains on live traffic; without it drafts come from operators only."""
-    loss: Literal["forward-kl", "reverse-kl", "cross-entropy", "total-variation", "lk"] = (
-        "forward-kl"
-    )
+    loss: Literal["forward-kl", "reverse-kl", "cross-entropy", "total-variation", "lk"] = "lk"
     """What the learner minimises; docs/training.md compares them."""
     positions: Literal["all", "first-rejected", "accepted", "rejected-heavy"] = "all"
     """Which captured tokens it learns from."""
