@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from paceline.domain.learnings import Sample
 from paceline.engine.models.config import UnsupportedModelError, load_model_config
 from paceline.trainer.checkpoint import load_draft, save_draft
+from paceline.trainer.counters import Counters
 from paceline.trainer.decoder import DraftModel
 from paceline.trainer.domains import Domains
 from paceline.trainer.guard import Guard
@@ -39,33 +40,6 @@ _MAX_COUNTED = 128
 """Domains that are counted apart; those of the replay buffer come and go."""
 _RESTORED_RATE = 0.5
 """Of the learning rate, after good weights had to be brought back."""
-
-
-@dataclass(slots=True)
-class Counters:
-    """What a learner did; survives restarts."""
-
-    num_micro_steps: int = 0
-    num_steps: int = 0
-    """Of the optimiser."""
-    num_tokens: int = 0
-    """Learned from, each time."""
-    num_samples: int = 0
-    """That were fed and sound."""
-    num_corrupt: int = 0
-    """That were fed and dropped."""
-    num_skipped: int = 0
-    """Batches dropped for a loss or gradient that was not finite."""
-    num_restored: int = 0
-    """Times that the last good weights came back."""
-    trained_s: float = 0.0
-    last_loss: float = 0.0
-    """Mean over the last optimiser step's positions."""
-    last_micro_step_s: float = 0.0
-    steps_since_reset: int = 0
-    rate_ratio: float = 1.0
-    """Of the learning rate; halved when weights had to be restored, 1 again after a reset."""
-    samples_by_domain: dict[str, int] = field(default_factory=dict)
 
 
 class OnlineLearner:
@@ -268,7 +242,10 @@ class OnlineLearner:
             UnsupportedModelError: it cannot be trained, or is of another shape.
         """
         other = load_draft(directory)
-        copy_weights(other, self.model)
+        if other.shape != self.model.shape:
+            shapes = f"{other.shape}, expected {self.model.shape}"
+            raise UnsupportedModelError(f"a draft of shape {shapes}")
+        self.model.load_state_dict(other.state_dict())
         self.model.raw_config, self.model.weight_dtype = other.raw_config, other.weight_dtype
         self._source = directory
         self._under_way = None
@@ -320,16 +297,3 @@ class OnlineLearner:
         self._domains = Domains.from_arrays(arrays)
         self._guard.reset()
         self.counters = counters
-
-
-def copy_weights(source: DraftModel, into: DraftModel) -> None:
-    """Copy the weights of a model of the same shape.
-
-    Raises:
-        UnsupportedModelError: it has another one.
-    """
-    if source.shape != into.shape:
-        raise UnsupportedModelError(f"a draft of shape {source.shape}, expected {into.shape}")
-    with torch.no_grad():
-        for mine, other in zip(into.parameters(), source.parameters(), strict=True):
-            mine.data.copy_(other)

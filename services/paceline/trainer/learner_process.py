@@ -15,8 +15,7 @@ import signal
 import socket
 import sys
 import time
-from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections import deque
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,11 +27,10 @@ from paceline.process.lifecycle import die_with_parent
 from paceline.process.logs import setup_logging
 from paceline.rpc.draft_codec import sample_from_proto
 from paceline.rpc.frames import ConnectionClosedError, FrameSocket
-from paceline.trainer.judging import Judged
 from paceline.trainer.learner import OnlineLearner
+from paceline.trainer.learner_events import Judging, failure_of, progress_of
 from paceline.trainer.learner_options import LearnerOptions
 from paceline.trainer.state import resumed_learner, save_state
-from paceline.trainer.texts import Text
 from paceline.v1 import learner_pb2, samples_pb2
 
 logger = logging.getLogger("paceline.trainer.learner_process")
@@ -80,7 +78,7 @@ def _serve(sock: FrameSocket, options: LearnerOptions) -> int:
     try:
         learner = resumed_learner(options, extra)
     except (PacelineError, ValueError, KeyError, OSError) as error:
-        sock.send(learner_pb2.LearnerEvent(failed=_failure(0, error)))
+        sock.send(learner_pb2.LearnerEvent(failed=failure_of(0, error)))
         return 1
     # A full collection of what importing torch leaves takes longer than a micro-step.
     gc.collect()
@@ -102,7 +100,7 @@ class LearnerLoop:
         """Whether the last micro-step had nothing to learn from."""
         self._reported_s = 0.0
         self._max_micro_step_s = 0.0
-        self._judging: _Judging | None = None
+        self._judging: Judging | None = None
         self._inbox: deque[learner_pb2.StreamedSample] = deque()
 
     def run(self) -> NoReturn:
@@ -152,7 +150,7 @@ class LearnerLoop:
             self._carry_out(command)
         except (PacelineError, ValueError, OSError) as error:
             logger.warning("command-failed", extra={"fields": {"error": str(error)}})
-            self._send(failed=_failure(command.command_id, error))
+            self._send(failed=failure_of(command.command_id, error))
 
     def _carry_out(self, command: learner_pb2.LearnerCommand) -> None:
         learner, number = self._learner, command.command_id
@@ -177,7 +175,7 @@ class LearnerLoop:
                 candidate = Path(command.judge.candidate) if command.judge.candidate else None
                 self._drop_judging("another comparison was asked for")
                 pairs = learner.judging(Path(command.judge.incumbent), candidate)
-                self._judging = _Judging(number, pairs)
+                self._judging = Judging(number, pairs)
             case "export":
                 learner.export(Path(command.export.directory))
                 exported = learner_pb2.DraftExported(
@@ -197,7 +195,7 @@ class LearnerLoop:
 
     def _drop_judging(self, why: str) -> None:
         if self._judging is not None:
-            failed = _failure(self._judging.command_id, ValueError(why))
+            failed = failure_of(self._judging.command_id, ValueError(why))
             self._judging = None
             self._send(failed=failed)
 
@@ -233,7 +231,7 @@ class LearnerLoop:
         tensors, values = self._learner.state()
         save_state(Path(state), tensors, {**values, "extra": {_STREAM_ID: self._stream_id}})
 
-    def _judge(self, judging: _Judging) -> None:
+    def _judge(self, judging: Judging) -> None:
         until_s = min(self._until_s, time.monotonic() + self._learner.options.micro_step_s)
         if judging.advance(until_s):
             self._judging = None
@@ -245,69 +243,15 @@ class LearnerLoop:
         self._max_micro_step_s = 0.0
 
     def _progress(self) -> learner_pb2.LearnerProgress:
-        counters = self._learner.counters
-        return learner_pb2.LearnerProgress(
+        return progress_of(
+            self._learner,
             is_training=bool(self._until_s),
-            num_micro_steps=counters.num_micro_steps,
-            num_steps=counters.num_steps,
-            num_tokens=counters.num_tokens,
-            loss=counters.last_loss,
-            trained_s=counters.trained_s,
-            last_micro_step_s=counters.last_micro_step_s,
             max_micro_step_s=self._max_micro_step_s,
-            samples_by_domain=counters.samples_by_domain,
-            num_samples=counters.num_samples,
-            num_corrupt=counters.num_corrupt,
-            num_skipped=counters.num_skipped,
-            num_restored=counters.num_restored,
-            replay_bytes=self._learner.replay.num_bytes,
             stream_id=self._stream_id,
         )
 
     def _send(self, **event: Any) -> None:
         self._sock.send(learner_pb2.LearnerEvent(**event))
-
-
-class _Judging:
-    """A comparison under way."""
-
-    def __init__(self, command_id: int, pairs: Iterator[tuple[Text, tuple[Judged, ...]]]) -> None:
-        self.command_id = command_id
-        self._pairs = pairs
-        self._samples: dict[str, list[learner_pb2.JudgedSample]] = defaultdict(list)
-
-    def advance(self, until_s: float) -> bool:
-        """Compare until it is time, on one sample at least; tell whether that was all."""
-        for text, (candidate, incumbent) in self._pairs:
-            sample = learner_pb2.JudgedSample(
-                temperature=text.temperature,
-                num_positions=candidate.num_positions,
-                candidate=_score(candidate),
-                incumbent=_score(incumbent),
-            )
-            self._samples[text.domain].append(sample)
-            if time.monotonic() >= until_s:
-                return False
-        return True
-
-    def result(self) -> learner_pb2.DraftsJudged:
-        """Return all that was compared."""
-        domains = [
-            learner_pb2.JudgedDomain(domain=domain, samples=samples)
-            for domain, samples in sorted(self._samples.items())
-        ]
-        return learner_pb2.DraftsJudged(command_id=self.command_id, domains=domains)
-
-
-def _score(judged: Judged) -> learner_pb2.JudgedScore:
-    return learner_pb2.JudgedScore(num_agreed=judged.num_agreed, overlap=judged.overlap)
-
-
-def _failure(command_id: int, error: Exception) -> learner_pb2.LearnerFailed:
-    reason = error.reason if isinstance(error, PacelineError) else "learner-failed"
-    if isinstance(error, OSError):
-        reason = "disk-failed"
-    return learner_pb2.LearnerFailed(command_id=command_id, reason=reason, message=str(error))
 
 
 if __name__ == "__main__":

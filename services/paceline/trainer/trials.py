@@ -212,7 +212,7 @@ class Trials:
         if active is None or active.is_pinned:
             return
         target = self._directory / "candidate"
-        await asyncio.to_thread(shutil.rmtree, target, True)
+        await asyncio.to_thread(_clear, target)
         exported = await learner.export(str(target))
         self._judged_steps = steps
         try:
@@ -288,6 +288,12 @@ class Trials:
         self._metrics.draft_decisions.labels(self._drafter, stage, reason).inc()
         fields = {"version": version, "stage": stage, "reason": reason, "detail": detail}
         logger.info("draft-decided", extra={"fields": fields})
+
+
+def _clear(directory: Path) -> None:
+    """Make room for a directory: what is there goes, what is around it comes."""
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.parent.mkdir(parents=True, exist_ok=True)
 
 
 def paired(domains: Sequence[learner_pb2.JudgedDomain]) -> list[DomainScores]:
