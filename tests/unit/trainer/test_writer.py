@@ -23,7 +23,9 @@ CONTEXT = 48
 
 @pytest.fixture(scope="module")
 def engine(target: Path) -> Engine:
-    return build_engine(EngineOptions(model=str(target), num_kv_blocks=64, max_num_seqs=8))[0]
+    # As for `draft create`: drafts come when they come, and which text begins next with them.
+    options = EngineOptions(model=str(target), num_kv_blocks=64, max_num_seqs=8, drafters=())
+    return build_engine(options)[0]
 
 
 def writer(engine: Engine, **changes: object) -> TargetWriter:

@@ -90,7 +90,9 @@ async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
 
 async def force(rig: Rig, tmp_path: Path, seed: int) -> str:
     directory = make_draft(tmp_path / f"draft-{seed}", seed)
-    return (await rig.conductor.offer(directory, "model", True)).version
+    version = (await rig.conductor.offer(directory, "model", False)).version
+    await rig.desk.change(lambda store: store.decide(version, DraftStage.ACTIVE, "test"))
+    return version
 
 
 def floor_of(rig: Rig) -> str:
