@@ -185,6 +185,14 @@ def _figures(found: Agreement) -> dict[str, float | int]:
     }
 
 
+class _Interrupted(BaseException):
+    """A signal asks for the end.
+
+    Not KeyboardInterrupt: once that has passed through an `exec` of text, as of a dataclass in
+    an import, CPython ends the process by SIGINT, whatever code it leaves with.
+    """
+
+
 def main() -> int:
     """Run one job; return the exit code."""
 
@@ -193,7 +201,7 @@ def main() -> int:
         for again in (signal.SIGINT, signal.SIGTERM):
             # What is cleaned up must not be interrupted too.
             signal.signal(again, signal.SIG_IGN)
-        raise KeyboardInterrupt
+        raise _Interrupted
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, leave)
@@ -204,7 +212,7 @@ def main() -> int:
     except (PacelineError, ValueError, OSError) as error:
         print(f"paceline draft create: {error}", file=sys.stderr, flush=True)
         return 1
-    except KeyboardInterrupt:
+    except _Interrupted:
         print("paceline draft create: interrupted, nothing was saved", file=sys.stderr, flush=True)
         return 130
     print(json.dumps(card), flush=True)
