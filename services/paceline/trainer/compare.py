@@ -105,6 +105,7 @@ def compare(options: CompareOptions) -> dict[str, Any]:
                 learning_rate=rate,
                 micro_tokens=_MICRO_TOKENS,
                 replay_bytes=_REPLAY_BYTES,
+                judges_first=False,
             ),
         )
         results.append(result)
@@ -138,7 +139,11 @@ def _affordable(options: CompareOptions, samples: Sequence[Sample], num_ways: in
     assert options.minutes is not None
     begun_s = time.monotonic()
     pilot = samples[:_PILOT_SAMPLES]
-    _learn(options, pilot, LearnerOptions(options.draft, micro_tokens=_MICRO_TOKENS))
+    _learn(
+        options,
+        pilot,
+        LearnerOptions(options.draft, micro_tokens=_MICRO_TOKENS, judges_first=False),
+    )
     sample_s = (time.monotonic() - begun_s) / max(1, len(pilot))
     return max(_PILOT_SAMPLES, int(60.0 * options.minutes / num_ways / sample_s))
 

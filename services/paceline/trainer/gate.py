@@ -1,8 +1,12 @@
-"""Whether a candidate may be tried on live sequences: paired replay on held-out text; pure.
+"""Whether a candidate may be tried on live sequences: paired replay on text it never saw; pure.
 
 Both drafts are scored on the same positions of the same sequences, so what makes a sequence hard
 cancels. The test is sequential: confidence.py's bounds hold after every batch, so the caller adds
 sequences until there is a verdict. The trainer calls `judge` with all scores so far.
+
+A candidate of the learner's own has scores of new traffic, made before it was learned from
+(first_sight.py): they tell what it gains on traffic as it is now, in two windows, and held-out
+text tells what it forgets. Others are judged by held-out text alone.
 """
 
 from __future__ import annotations
@@ -26,12 +30,19 @@ class GateRules:
     alpha: float = 0.05
     """Probability at most of accepting one that gains `min_gain` or less, however often it is
     looked at; also of refusing one that gains it."""
-    full_positions: int = 64
+    full_positions: int = 48
     """A sequence of so many positions or more has the full weight."""
     max_positions: int = 65_536
     """After so many without a verdict it is refused: a gain that takes longer to see is small."""
     enough_positions: int = 2_048
     """On a domain, from which its mean alone shows that it forgets."""
+    windows: tuple[int, ...] = (64, 512)
+    """Newest sequences that a gain on new traffic may show on: few where it is large, as after
+    traffic has changed, many where it is small. They share alpha, which holds for each time that
+    windows are looked at."""
+    doubt_sequences: float = 8.0
+    """Sequences without a difference that a domain is taken to have had: a few unlucky ones do
+    not make it seem forgotten."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +67,14 @@ class DomainScores:
 
 
 @dataclass(frozen=True, slots=True)
+class NewScore:
+    """Scores of a sequence at first sight."""
+
+    domain: str
+    score: PairedScore
+
+
+@dataclass(frozen=True, slots=True)
 class Verdict:
     """What the scores say."""
 
@@ -75,8 +94,18 @@ class Verdict:
 BETTER, NO_GAIN, FORGETS, UNDECIDED = "better", "no-gain", "forgets", "undecided"
 
 
-def judge(domains: Sequence[DomainScores], rules: GateRules = GateRules()) -> Verdict:
+def judge(
+    domains: Sequence[DomainScores],
+    rules: GateRules = GateRules(),
+    new: Sequence[NewScore] | None = None,
+) -> Verdict:
     """Return the verdict on the scores so far.
+
+    Args:
+        domains: of held-out text.
+        rules: what is asked.
+        new: of new traffic, oldest first; None for a candidate that was not made here, whose
+            gain is judged by held-out text.
 
     Raises:
         InvalidRequestError: a score has no positions, or more accepted ones than positions; a
@@ -91,42 +120,76 @@ def judge(domains: Sequence[DomainScores], rules: GateRules = GateRules()) -> Ve
     for domain in ordered:
         own = RunningMean()
         for score in domain.scores:
-            _check(domain.domain, score)
-            difference = (score.candidate - score.incumbent) / score.num_positions
-            weight = min(1.0, score.num_positions / rules.full_positions)
+            difference, weight = _difference(domain.domain, score, rules)
             own.note(difference, weight)
             everything.note(difference, weight * domain.weight / heaviest, domain.domain)
         by_domain[domain.domain] = own
-    overall = everything.bounds(rules.alpha)
     # All domains together err with probability alpha.
     each = {name: own.bounds(rules.alpha / len(by_domain)) for name, own in by_domain.items()}
-    scores = (
-        _score("", ordered, overall),
-        *(_score(d.domain, [d], each[d.domain]) for d in ordered),
-    )
-    reason = _reason(overall, scores, rules)
+    scores = tuple(_score(d.domain, [d], each[d.domain]) for d in ordered)
+    if new is None:
+        overall = _score("", ordered, everything.bounds(rules.alpha))
+        num_sequences = sum(len(d.scores) for d in ordered)
+        is_over = overall.num_positions >= rules.max_positions
+    else:
+        overall, num_sequences = _best_window(new, rules)
+        is_over = False
+    losing = [s for s in scores if _doubted(s, by_domain[s.domain], rules) < -rules.max_forgetting]
+    reason = _reason(overall, losing, rules, is_over=is_over)
     detail = (
-        f"gain {overall.mean:+.4f} in [{overall.low:+.4f}, {overall.high:+.4f}] "
-        f"on {scores[0].num_positions} positions of {sum(len(d.scores) for d in ordered)} sequences"
+        f"gain {overall.acceptance - overall.incumbent_acceptance:+.4f} in "
+        f"[{overall.difference_low:+.4f}, {overall.difference_high:+.4f}] "
+        f"on {overall.num_positions} positions of {num_sequences} sequences"
     )
-    return Verdict(reason == BETTER, reason, scores, detail)
+    if losing:
+        detail += f"; loses on {', '.join(repr(s.domain) for s in losing)}"
+    return Verdict(reason == BETTER, reason, (overall, *scores), detail)
 
 
-def _reason(overall: Bounds, scores: tuple[DraftScore, ...], rules: GateRules) -> str:
-    is_over = scores[0].num_positions >= rules.max_positions
-    losing = [
-        s for s in scores[1:] if s.acceptance - s.incumbent_acceptance < -rules.max_forgetting
-    ]
+def _reason(
+    overall: DraftScore, losing: Sequence[DraftScore], rules: GateRules, *, is_over: bool
+) -> str:
     if any(s.difference_high < -rules.max_forgetting for s in losing):
         return FORGETS
-    if overall.high < rules.min_gain:
+    if overall.difference_high < rules.min_gain:
         return NO_GAIN
-    if overall.low > rules.min_gain:
+    if overall.difference_low > rules.min_gain:
         if any(s.num_positions >= rules.enough_positions for s in losing):
             return FORGETS
         # A domain that seems to lose on little text gets more, while there is some.
         return BETTER if not losing or is_over else UNDECIDED
     return NO_GAIN if is_over else UNDECIDED
+
+
+def _best_window(new: Sequence[NewScore], rules: GateRules) -> tuple[DraftScore, int]:
+    """Return the score of the window that shows most, and its number of sequences."""
+    found: list[tuple[DraftScore, int]] = []
+    for size in rules.windows:
+        window = new[-size:]
+        mean = RunningMean()
+        for each in window:
+            mean.note(*_difference(each.domain, each.score, rules), each.domain)
+        everything = DomainScores("", [each.score for each in window])
+        bounds = mean.bounds(rules.alpha / len(rules.windows))
+        found.append((_score("", [everything], bounds), len(window)))
+    return max(found, key=lambda score_and_size: score_and_size[0].difference_low)
+
+
+def _doubted(score: DraftScore, mean: RunningMean, rules: GateRules) -> float:
+    """Return a domain's difference, nearer to none the less is known of it."""
+    difference = score.acceptance - score.incumbent_acceptance
+    return difference * mean.weight / (mean.weight + rules.doubt_sequences)
+
+
+def _difference(name: str, score: PairedScore, rules: GateRules) -> tuple[float, float]:
+    """Return what a sequence says, and its weight.
+
+    Raises:
+        InvalidRequestError: it has no positions, or more accepted ones than positions.
+    """
+    _check(name, score)
+    difference = (score.candidate - score.incumbent) / score.num_positions
+    return difference, min(1.0, score.num_positions / rules.full_positions)
 
 
 def _score(name: str, domains: Sequence[DomainScores], bounds: Bounds) -> DraftScore:

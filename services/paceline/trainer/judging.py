@@ -9,7 +9,6 @@ Shape legend: N positions, K named tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,11 +68,3 @@ def tempered(probs_NK: torch.Tensor, temperature: float) -> torch.Tensor:
     tail_N = (1.0 - probs_NK.sum(-1)).clamp_min(0.0)
     tail_N = tail_N * probs_NK[:, -1].clamp_min(_LEAST) ** (1.0 / temperature - 1.0)
     return powered_NK / (powered_NK.sum(-1) + tail_N)[:, None]
-
-
-def judge_all(
-    models: Sequence[DraftModel], texts: Sequence[Text]
-) -> Iterator[tuple[Text, tuple[Judged, ...]]]:
-    """Yield each text with what every model makes of it; the caller may pause in between."""
-    for text in texts:
-        yield text, tuple(judge(model, text) for model in models)

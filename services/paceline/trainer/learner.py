@@ -21,10 +21,10 @@ from paceline.domain.learnings import Sample
 from paceline.engine.models.config import UnsupportedModelError, load_model_config
 from paceline.trainer.checkpoint import load_draft, save_draft
 from paceline.trainer.counters import Counters
-from paceline.trainer.decoder import DraftModel
 from paceline.trainer.domains import Domains
+from paceline.trainer.first_sight import FirstSight, Pair
 from paceline.trainer.guard import Guard
-from paceline.trainer.judging import Judged, judge_all
+from paceline.trainer.judging import judge
 from paceline.trainer.learner_options import LearnerOptions
 from paceline.trainer.losses import LOSSES
 from paceline.trainer.micro_batches import MicroBatches, Pace
@@ -60,6 +60,7 @@ class OnlineLearner:
         self.replay = ReplayBuffer(
             options.replay_bytes, seed=options.seed, held_out_every=options.held_out_every
         )
+        self.first_sight = FirstSight(Path(options.draft))
         self._source = Path(options.draft)
         self._monotonic = monotonic
         self._loss = LOSSES[options.loss]
@@ -70,6 +71,8 @@ class OnlineLearner:
         self._pace = Pace()
         self._under_way: Iterator[None] | None = None
         """An optimiser step that was begun."""
+        self._tokens_left = 0.0
+        """That may be learned before new ones come."""
         self._drop_gradient()
 
     # -- traffic --------------------------------------------------------------------------
@@ -87,13 +90,25 @@ class OnlineLearner:
             raise
         if not text.domain:
             text = replace(text, domain=self._domains.name(sample))
-        self.replay.add(text)
+        if self.replay.is_held_out(text):
+            self.replay.add(text)
+        elif not self.options.judges_first:
+            self._release(text)
+        else:
+            unjudged = self.first_sight.add(text)
+            if unjudged is not None:
+                self._release(unjudged)
         self.counters.num_samples += 1
         # As the buffer does: labels are the clients' choice, so their number is bounded.
         by_domain, domain = self.counters.samples_by_domain, self.replay.shelf_of(text.domain)
         if domain not in by_domain and len(by_domain) >= _MAX_COUNTED:
             domain = OTHER
         by_domain[domain] = by_domain.get(domain, 0) + 1
+
+    def _release(self, text: Text) -> None:
+        """Let a text be learned from."""
+        self.replay.add(text)
+        self._tokens_left += self.options.max_passes * len(text.tokens_T)
 
     # -- learning -------------------------------------------------------------------------
 
@@ -108,6 +123,8 @@ class OnlineLearner:
             return False
         if self._under_way is not None:
             self._advance(begun_s + seconds)
+        elif self.first_sight.has_waiting:
+            self._release(self.first_sight.judge_next(self.model))
         elif not self._accumulate(seconds, begun_s):
             return False
         took_s = self._monotonic() - begun_s
@@ -123,6 +140,8 @@ class OnlineLearner:
 
     def _accumulate(self, seconds: float, begun_s: float) -> bool:
         options = self.options
+        if self._tokens_left <= 0.0:
+            return False
         num_tokens = options.micro_tokens or self._pace.tokens_for(seconds, options.batch_tokens)
         if num_tokens == 0:
             self._pace.hope()
@@ -139,6 +158,7 @@ class OnlineLearner:
 
     def _learn(self, batch: Batch) -> None:
         self.counters.num_tokens += batch.num_tokens
+        self._tokens_left -= batch.num_tokens
         loss_N = self._loss(learned_logits(self.model, batch), batch.target)
         loss = (loss_N * batch.weights_N).sum()
         value = float(loss.detach())
@@ -218,9 +238,7 @@ class OnlineLearner:
             {"format": 1, **(card or {}), "learned": figures},
         )
 
-    def judging(
-        self, incumbent: Path, candidate: Path | None = None
-    ) -> Iterator[tuple[Text, tuple[Judged, ...]]]:
+    def judging(self, incumbent: Path, candidate: Path | None = None) -> Iterator[Pair]:
         """Yield every held-out text with (candidate, incumbent) on it, domain after domain.
 
         The candidate is the draft as it is now, so nothing may be learned in between, unless a
@@ -231,9 +249,9 @@ class OnlineLearner:
         """
         self.settle()
         mine = self.model if candidate is None else load_draft(candidate)
-        models: tuple[DraftModel, ...] = (mine, load_draft(incumbent))
+        other = load_draft(incumbent)
         texts = [text for domain in self.replay.domains for text in self.replay.held_out(domain)]
-        return judge_all(models, texts)
+        return ((text, (judge(mine, text), judge(other, text))) for text in texts)
 
     def reset(self, directory: Path) -> None:
         """Go on from another checkpoint, with what was seen but without what was learned.
@@ -252,6 +270,8 @@ class OnlineLearner:
         self._drop_gradient()
         self._optimiser.reset()
         self._guard.reset()
+        self.first_sight.restart(directory)
+        self._tokens_left = self.options.max_passes * self.replay.num_tokens
         self.counters.steps_since_reset, self.counters.rate_ratio = 0, 1.0
 
     # -- state ----------------------------------------------------------------------------
@@ -259,6 +279,8 @@ class OnlineLearner:
     def state(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
         """Return all that `restore` needs: tensors by file, and JSON values."""
         self.settle()
+        for text in self.first_sight.release():
+            self._release(text)
         replay, replay_values = self.replay.state()
         moments, num_moments = self._optimiser.state()
         domains = {n: torch.from_numpy(a) for n, a in self._domains.to_arrays().items()}
@@ -293,6 +315,7 @@ class OnlineLearner:
             raise ValueError("weights that are not finite")
         self._optimiser.restore(tensors["moments"], int(values["optimiser_steps"]))
         self.replay.restore(tensors["replay"], values["replay"])
+        self._tokens_left = self.options.max_passes * self.replay.num_tokens
         arrays = {name: tensor.numpy() for name, tensor in tensors["domains"].items()}
         self._domains = Domains.from_arrays(arrays)
         self._guard.reset()

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from paceline.domain.errors import PacelineError
+from paceline.trainer.first_sight import Pair
 from paceline.trainer.judging import Judged
 from paceline.trainer.learner import OnlineLearner
 from paceline.trainer.texts import Text
@@ -43,21 +44,17 @@ def progress_of(
 class Judging:
     """A comparison under way."""
 
-    def __init__(self, command_id: int, pairs: Iterator[tuple[Text, tuple[Judged, ...]]]) -> None:
+    def __init__(self, command_id: int, pairs: Iterator[Pair], new: Sequence[Pair] = ()) -> None:
+        """Take `pairs` one by one; `new` were judged before they were learned from."""
         self.command_id = command_id
         self._pairs = pairs
         self._samples: dict[str, list[learner_pb2.JudgedSample]] = defaultdict(list)
+        self._new = [_sample(text, pair, text.domain) for text, pair in new]
 
     def advance(self, until_s: float) -> bool:
         """Compare until it is time, on one sample at least; tell whether that was all."""
-        for text, (candidate, incumbent) in self._pairs:
-            sample = learner_pb2.JudgedSample(
-                temperature=text.temperature,
-                num_positions=candidate.num_positions,
-                candidate=_score(candidate),
-                incumbent=_score(incumbent),
-            )
-            self._samples[text.domain].append(sample)
+        for text, pair in self._pairs:
+            self._samples[text.domain].append(_sample(text, pair))
             if time.monotonic() >= until_s:
                 return False
         return True
@@ -68,7 +65,20 @@ class Judging:
             learner_pb2.JudgedDomain(domain=domain, samples=samples)
             for domain, samples in sorted(self._samples.items())
         ]
-        return learner_pb2.DraftsJudged(command_id=self.command_id, domains=domains)
+        return learner_pb2.DraftsJudged(
+            command_id=self.command_id, domains=domains, new_samples=self._new
+        )
+
+
+def _sample(text: Text, pair: tuple[Judged, Judged], domain: str = "") -> learner_pb2.JudgedSample:
+    candidate, incumbent = pair
+    return learner_pb2.JudgedSample(
+        temperature=text.temperature,
+        num_positions=candidate.num_positions,
+        candidate=_score(candidate),
+        incumbent=_score(incumbent),
+        domain=domain,
+    )
 
 
 def _score(judged: Judged) -> learner_pb2.JudgedScore:

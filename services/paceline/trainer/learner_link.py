@@ -174,17 +174,19 @@ class LearnerLink:
         await self._ask(timeout_s, pause=learner_pb2.PauseTraining())
 
     async def judge(
-        self, incumbent: str, candidate: str = "", timeout_s: float = 600.0
-    ) -> list[learner_pb2.JudgedDomain]:
+        self, incumbent: str, candidate: str = "", *, is_own: bool = False, timeout_s: float = 600.0
+    ) -> learner_pb2.DraftsJudged:
         """Compare a draft with the incumbent on held-out samples; takes as much as is granted.
+
+        `is_own`: the learner exported it; what it was like on new samples comes, too.
 
         Raises:
             DeadlineError, UnavailableError: there was no answer, or the learner is gone.
             InternalError: a draft cannot be loaded; says why.
         """
-        judge = learner_pb2.JudgeDrafts(incumbent=incumbent, candidate=candidate)
+        judge = learner_pb2.JudgeDrafts(incumbent=incumbent, candidate=candidate, is_own=is_own)
         event = await self._ask(timeout_s, judge=judge)
-        return list(event.judged.domains)
+        return event.judged
 
     async def export(self, directory: str, timeout_s: float = 60.0) -> Exported:
         """Let the draft be written.

@@ -44,8 +44,13 @@ class LearnerOptions:
     recent_ratio: float = 0.5
     """Share of what is learned that is drawn from the last traffic; the rest is drawn from all
     domains alike, so that none is forgotten."""
+    max_passes: float = 64.0
+    """Times that a token is learned from, on average; then learning waits for new ones. More of
+    them make a draft that knows its few samples by heart, and use power for nothing."""
     held_out_every: int = 8
     """One context in so many is kept for judging."""
+    judges_first: bool = True
+    """Whether texts are judged before they are learned from (first_sight.py)."""
     spike_ratio: float = 3.0
     """Loss over its running median that counts as a spike."""
     spike_steps: int = 4

@@ -174,8 +174,9 @@ class LearnerLoop:
             case "judge":
                 candidate = Path(command.judge.candidate) if command.judge.candidate else None
                 self._drop_judging("another comparison was asked for")
-                pairs = learner.judging(Path(command.judge.incumbent), candidate)
-                self._judging = Judging(number, pairs)
+                incumbent = Path(command.judge.incumbent)
+                new = learner.first_sight.pairs(incumbent) if command.judge.is_own else ()
+                self._judging = Judging(number, learner.judging(incumbent, candidate), new)
             case "export":
                 learner.export(Path(command.export.directory))
                 exported = learner_pb2.DraftExported(

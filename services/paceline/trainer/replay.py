@@ -54,6 +54,11 @@ class ReplayBuffer:
         return self._num_bytes
 
     @property
+    def num_tokens(self) -> int:
+        """Of the texts to learn from."""
+        return sum(shelf.num_tokens for shelf in self._shelves.values())
+
+    @property
     def domains(self) -> list[str]:
         """Domains that have texts."""
         return sorted(self._shelves)

@@ -37,6 +37,11 @@ class Shelf:
         return len(self.newest) + len(self.older)
 
     @property
+    def num_tokens(self) -> int:
+        """Of the texts to learn from."""
+        return sum(len(self.text_at(i).tokens_T) for i in range(self.num_texts))
+
+    @property
     def num_bytes(self) -> int:
         """Of all texts."""
         return self.newest_bytes + self.older_bytes + self.held_out_bytes

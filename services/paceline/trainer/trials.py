@@ -31,7 +31,14 @@ from paceline.trainer.canary import (
     WatchRules,
 )
 from paceline.trainer.desk import Desk, DraftStore
-from paceline.trainer.gate import DomainScores, GateRules, PairedScore, Verdict, judge
+from paceline.trainer.gate import (
+    DomainScores,
+    GateRules,
+    NewScore,
+    PairedScore,
+    Verdict,
+    judge,
+)
 from paceline.trainer.training import Training
 from paceline.v1 import learner_pb2
 
@@ -216,7 +223,7 @@ class Trials:
         exported = await learner.export(str(target))
         self._judged_steps = steps
         try:
-            verdict = await self._judge(str(target), active)
+            verdict = await self._judge(str(target), active, is_own=True)
             if not verdict.is_final:
                 logger.info("candidate-undecided", extra={"fields": {"detail": verdict.detail}})
                 return
@@ -225,16 +232,20 @@ class Trials:
         finally:
             await asyncio.to_thread(shutil.rmtree, target, True)
 
-    async def _judge(self, candidate: str, active: DraftRecord | None) -> Verdict:
-        """Compare a candidate with the active version on held-out samples."""
+    async def _judge(
+        self, candidate: str, active: DraftRecord | None, *, is_own: bool = False
+    ) -> Verdict:
+        """Compare a candidate with the active version on samples that it never learned from."""
         if active is None or self._training is None:
             return Verdict(True, "first", ())
         incumbent = await self._directory_of(active.version)
-        domains = await self._training.learner.judge(incumbent, candidate)
-        scores = paired(domains)
-        if sum(s.num_positions for d in scores for s in d.scores) < self._rules.min_positions:
+        judged = await self._training.learner.judge(incumbent, candidate, is_own=is_own)
+        scores = paired(judged.domains)
+        new = [NewScore(s.domain, _paired(s)) for s in judged.new_samples] if is_own else None
+        num_positions = sum(s.num_positions for d in scores for s in d.scores)
+        if new is None and num_positions < self._rules.min_positions:
             return Verdict(False, "undecided", (), "too little is held out")
-        return judge(scores, self._rules.gate)
+        return judge(scores, self._rules.gate, new)
 
     async def _settle(self, record: DraftRecord, verdict: Verdict) -> DraftRecord:
         if verdict.is_accepted:
@@ -297,26 +308,18 @@ def _clear(directory: Path) -> None:
 
 
 def paired(domains: Sequence[learner_pb2.JudgedDomain]) -> list[DomainScores]:
-    """Return scores of the learner as the gate takes them.
-
-    What verification accepts: argmax where the request was greedy, the overlap elsewhere.
-    """
-
-    def accepted(sample: learner_pb2.JudgedSample, draft: learner_pb2.JudgedScore) -> float:
-        return float(draft.num_agreed) if sample.temperature == 0.0 else draft.overlap
-
+    """Return scores of the learner as the gate takes them."""
     return [
-        DomainScores(
-            domain.domain,
-            [
-                PairedScore(
-                    sample.num_positions,
-                    min(accepted(sample, sample.candidate), float(sample.num_positions)),
-                    min(accepted(sample, sample.incumbent), float(sample.num_positions)),
-                )
-                for sample in domain.samples
-                if sample.num_positions
-            ],
-        )
+        DomainScores(domain.domain, [_paired(s) for s in domain.samples if s.num_positions])
         for domain in domains
     ]
+
+
+def _paired(sample: learner_pb2.JudgedSample) -> PairedScore:
+    """Return what verification accepts: argmax where the request was greedy, else the overlap."""
+
+    def accepted(draft: learner_pb2.JudgedScore) -> float:
+        number = float(draft.num_agreed) if sample.temperature == 0.0 else draft.overlap
+        return min(number, float(sample.num_positions))
+
+    return PairedScore(sample.num_positions, accepted(sample.candidate), accepted(sample.incumbent))

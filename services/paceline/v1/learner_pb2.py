@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19paceline/v1/learner.proto\x12\x0bpaceline.v1\"\xe0\x02\n\x0eLearnerCommand\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\x12(\n\x04\x66\x65\x65\x64\x18\x02 \x01(\x0b\x32\x18.paceline.v1.FeedSamplesH\x00\x12+\n\x05grant\x18\x03 \x01(\x0b\x32\x1a.paceline.v1.GrantTrainingH\x00\x12+\n\x05pause\x18\x04 \x01(\x0b\x32\x1a.paceline.v1.PauseTrainingH\x00\x12)\n\x05judge\x18\x05 \x01(\x0b\x32\x18.paceline.v1.JudgeDraftsH\x00\x12*\n\x06\x65xport\x18\x06 \x01(\x0b\x32\x18.paceline.v1.ExportDraftH\x00\x12*\n\x05reset\x18\x07 \x01(\x0b\x32\x19.paceline.v1.ResetLearnerH\x00\x12(\n\x04save\x18\x08 \x01(\x0b\x32\x18.paceline.v1.SaveLearnerH\x00\x42\t\n\x07\x63ommand\"\xaa\x02\n\x0cLearnerEvent\x12*\n\x05ready\x18\x01 \x01(\x0b\x32\x19.paceline.v1.LearnerReadyH\x00\x12\x30\n\x08progress\x18\x02 \x01(\x0b\x32\x1c.paceline.v1.LearnerProgressH\x00\x12+\n\x06judged\x18\x03 \x01(\x0b\x32\x19.paceline.v1.DraftsJudgedH\x00\x12.\n\x08\x65xported\x18\x04 \x01(\x0b\x32\x1a.paceline.v1.DraftExportedH\x00\x12(\n\x04\x64one\x18\x05 \x01(\x0b\x32\x18.paceline.v1.LearnerDoneH\x00\x12,\n\x06\x66\x61iled\x18\x06 \x01(\x0b\x32\x1a.paceline.v1.LearnerFailedH\x00\x42\x07\n\x05\x65vent\";\n\x0b\x46\x65\x65\x64Samples\x12,\n\x07samples\x18\x01 \x03(\x0b\x32\x1b.paceline.v1.StreamedSample\"3\n\x0eStreamedSample\x12\x0e\n\x06sample\x18\x01 \x01(\x0c\x12\x11\n\tstream_id\x18\x02 \x01(\t\"1\n\rGrantTraining\x12\x0f\n\x07threads\x18\x01 \x01(\r\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\"\x0f\n\rPauseTraining\"3\n\x0bJudgeDrafts\x12\x11\n\tincumbent\x18\x01 \x01(\t\x12\x11\n\tcandidate\x18\x02 \x01(\t\" \n\x0b\x45xportDraft\x12\x11\n\tdirectory\x18\x01 \x01(\t\"!\n\x0cResetLearner\x12\x11\n\tdirectory\x18\x01 \x01(\t\"\r\n\x0bSaveLearner\"^\n\x0cLearnerReady\x12\x0b\n\x03pid\x18\x01 \x01(\r\x12\x11\n\tstream_id\x18\x02 \x01(\t\x12.\n\x08progress\x18\x03 \x01(\x0b\x32\x1c.paceline.v1.LearnerProgress\"\xc0\x03\n\x0fLearnerProgress\x12\x13\n\x0bis_training\x18\x01 \x01(\x08\x12\x17\n\x0fnum_micro_steps\x18\x02 \x01(\x04\x12\x11\n\tnum_steps\x18\x03 \x01(\x04\x12\x12\n\nnum_tokens\x18\x04 \x01(\x04\x12\x0c\n\x04loss\x18\x05 \x01(\x01\x12\x11\n\ttrained_s\x18\x06 \x01(\x01\x12\x19\n\x11last_micro_step_s\x18\x07 \x01(\x01\x12\x18\n\x10max_micro_step_s\x18\x08 \x01(\x01\x12L\n\x11samples_by_domain\x18\t \x03(\x0b\x32\x31.paceline.v1.LearnerProgress.SamplesByDomainEntry\x12\x13\n\x0bnum_samples\x18\n \x01(\x04\x12\x13\n\x0bnum_corrupt\x18\x0b \x01(\x04\x12\x13\n\x0bnum_skipped\x18\x0c \x01(\x04\x12\x14\n\x0cnum_restored\x18\r \x01(\x04\x12\x14\n\x0creplay_bytes\x18\x0e \x01(\x04\x12\x11\n\tstream_id\x18\x0f \x01(\t\x1a\x36\n\x14SamplesByDomainEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"N\n\x0c\x44raftsJudged\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\x12*\n\x07\x64omains\x18\x02 \x03(\x0b\x32\x19.paceline.v1.JudgedDomain\"J\n\x0cJudgedDomain\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12*\n\x07samples\x18\x02 \x03(\x0b\x32\x19.paceline.v1.JudgedSample\"\x94\x01\n\x0cJudgedSample\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\x15\n\rnum_positions\x18\x02 \x01(\r\x12+\n\tcandidate\x18\x03 \x01(\x0b\x32\x18.paceline.v1.JudgedScore\x12+\n\tincumbent\x18\x04 \x01(\x0b\x32\x18.paceline.v1.JudgedScore\"2\n\x0bJudgedScore\x12\x12\n\nnum_agreed\x18\x01 \x01(\r\x12\x0f\n\x07overlap\x18\x02 \x01(\x01\"_\n\rDraftExported\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\x12\x11\n\tdirectory\x18\x02 \x01(\t\x12\x13\n\x0bnum_samples\x18\x03 \x01(\x04\x12\x12\n\nnum_tokens\x18\x04 \x01(\x04\"!\n\x0bLearnerDone\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\"D\n\rLearnerFailed\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19paceline/v1/learner.proto\x12\x0bpaceline.v1\"\xe0\x02\n\x0eLearnerCommand\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\x12(\n\x04\x66\x65\x65\x64\x18\x02 \x01(\x0b\x32\x18.paceline.v1.FeedSamplesH\x00\x12+\n\x05grant\x18\x03 \x01(\x0b\x32\x1a.paceline.v1.GrantTrainingH\x00\x12+\n\x05pause\x18\x04 \x01(\x0b\x32\x1a.paceline.v1.PauseTrainingH\x00\x12)\n\x05judge\x18\x05 \x01(\x0b\x32\x18.paceline.v1.JudgeDraftsH\x00\x12*\n\x06\x65xport\x18\x06 \x01(\x0b\x32\x18.paceline.v1.ExportDraftH\x00\x12*\n\x05reset\x18\x07 \x01(\x0b\x32\x19.paceline.v1.ResetLearnerH\x00\x12(\n\x04save\x18\x08 \x01(\x0b\x32\x18.paceline.v1.SaveLearnerH\x00\x42\t\n\x07\x63ommand\"\xaa\x02\n\x0cLearnerEvent\x12*\n\x05ready\x18\x01 \x01(\x0b\x32\x19.paceline.v1.LearnerReadyH\x00\x12\x30\n\x08progress\x18\x02 \x01(\x0b\x32\x1c.paceline.v1.LearnerProgressH\x00\x12+\n\x06judged\x18\x03 \x01(\x0b\x32\x19.paceline.v1.DraftsJudgedH\x00\x12.\n\x08\x65xported\x18\x04 \x01(\x0b\x32\x1a.paceline.v1.DraftExportedH\x00\x12(\n\x04\x64one\x18\x05 \x01(\x0b\x32\x18.paceline.v1.LearnerDoneH\x00\x12,\n\x06\x66\x61iled\x18\x06 \x01(\x0b\x32\x1a.paceline.v1.LearnerFailedH\x00\x42\x07\n\x05\x65vent\";\n\x0b\x46\x65\x65\x64Samples\x12,\n\x07samples\x18\x01 \x03(\x0b\x32\x1b.paceline.v1.StreamedSample\"3\n\x0eStreamedSample\x12\x0e\n\x06sample\x18\x01 \x01(\x0c\x12\x11\n\tstream_id\x18\x02 \x01(\t\"1\n\rGrantTraining\x12\x0f\n\x07threads\x18\x01 \x01(\r\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\"\x0f\n\rPauseTraining\"C\n\x0bJudgeDrafts\x12\x11\n\tincumbent\x18\x01 \x01(\t\x12\x11\n\tcandidate\x18\x02 \x01(\t\x12\x0e\n\x06is_own\x18\x03 \x01(\x08\" \n\x0b\x45xportDraft\x12\x11\n\tdirectory\x18\x01 \x01(\t\"!\n\x0cResetLearner\x12\x11\n\tdirectory\x18\x01 \x01(\t\"\r\n\x0bSaveLearner\"^\n\x0cLearnerReady\x12\x0b\n\x03pid\x18\x01 \x01(\r\x12\x11\n\tstream_id\x18\x02 \x01(\t\x12.\n\x08progress\x18\x03 \x01(\x0b\x32\x1c.paceline.v1.LearnerProgress\"\xc0\x03\n\x0fLearnerProgress\x12\x13\n\x0bis_training\x18\x01 \x01(\x08\x12\x17\n\x0fnum_micro_steps\x18\x02 \x01(\x04\x12\x11\n\tnum_steps\x18\x03 \x01(\x04\x12\x12\n\nnum_tokens\x18\x04 \x01(\x04\x12\x0c\n\x04loss\x18\x05 \x01(\x01\x12\x11\n\ttrained_s\x18\x06 \x01(\x01\x12\x19\n\x11last_micro_step_s\x18\x07 \x01(\x01\x12\x18\n\x10max_micro_step_s\x18\x08 \x01(\x01\x12L\n\x11samples_by_domain\x18\t \x03(\x0b\x32\x31.paceline.v1.LearnerProgress.SamplesByDomainEntry\x12\x13\n\x0bnum_samples\x18\n \x01(\x04\x12\x13\n\x0bnum_corrupt\x18\x0b \x01(\x04\x12\x13\n\x0bnum_skipped\x18\x0c \x01(\x04\x12\x14\n\x0cnum_restored\x18\r \x01(\x04\x12\x14\n\x0creplay_bytes\x18\x0e \x01(\x04\x12\x11\n\tstream_id\x18\x0f \x01(\t\x1a\x36\n\x14SamplesByDomainEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"~\n\x0c\x44raftsJudged\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\x12*\n\x07\x64omains\x18\x02 \x03(\x0b\x32\x19.paceline.v1.JudgedDomain\x12.\n\x0bnew_samples\x18\x03 \x03(\x0b\x32\x19.paceline.v1.JudgedSample\"J\n\x0cJudgedDomain\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12*\n\x07samples\x18\x02 \x03(\x0b\x32\x19.paceline.v1.JudgedSample\"\xa4\x01\n\x0cJudgedSample\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\x15\n\rnum_positions\x18\x02 \x01(\r\x12+\n\tcandidate\x18\x03 \x01(\x0b\x32\x18.paceline.v1.JudgedScore\x12+\n\tincumbent\x18\x04 \x01(\x0b\x32\x18.paceline.v1.JudgedScore\x12\x0e\n\x06\x64omain\x18\x05 \x01(\t\"2\n\x0bJudgedScore\x12\x12\n\nnum_agreed\x18\x01 \x01(\r\x12\x0f\n\x07overlap\x18\x02 \x01(\x01\"_\n\rDraftExported\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\x12\x11\n\tdirectory\x18\x02 \x01(\t\x12\x13\n\x0bnum_samples\x18\x03 \x01(\x04\x12\x12\n\nnum_tokens\x18\x04 \x01(\x04\"!\n\x0bLearnerDone\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\"D\n\rLearnerFailed\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -46,31 +46,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PAUSETRAINING']._serialized_start=863
   _globals['_PAUSETRAINING']._serialized_end=878
   _globals['_JUDGEDRAFTS']._serialized_start=880
-  _globals['_JUDGEDRAFTS']._serialized_end=931
-  _globals['_EXPORTDRAFT']._serialized_start=933
-  _globals['_EXPORTDRAFT']._serialized_end=965
-  _globals['_RESETLEARNER']._serialized_start=967
-  _globals['_RESETLEARNER']._serialized_end=1000
-  _globals['_SAVELEARNER']._serialized_start=1002
-  _globals['_SAVELEARNER']._serialized_end=1015
-  _globals['_LEARNERREADY']._serialized_start=1017
-  _globals['_LEARNERREADY']._serialized_end=1111
-  _globals['_LEARNERPROGRESS']._serialized_start=1114
-  _globals['_LEARNERPROGRESS']._serialized_end=1562
-  _globals['_LEARNERPROGRESS_SAMPLESBYDOMAINENTRY']._serialized_start=1508
-  _globals['_LEARNERPROGRESS_SAMPLESBYDOMAINENTRY']._serialized_end=1562
-  _globals['_DRAFTSJUDGED']._serialized_start=1564
-  _globals['_DRAFTSJUDGED']._serialized_end=1642
-  _globals['_JUDGEDDOMAIN']._serialized_start=1644
-  _globals['_JUDGEDDOMAIN']._serialized_end=1718
-  _globals['_JUDGEDSAMPLE']._serialized_start=1721
-  _globals['_JUDGEDSAMPLE']._serialized_end=1869
-  _globals['_JUDGEDSCORE']._serialized_start=1871
-  _globals['_JUDGEDSCORE']._serialized_end=1921
-  _globals['_DRAFTEXPORTED']._serialized_start=1923
-  _globals['_DRAFTEXPORTED']._serialized_end=2018
-  _globals['_LEARNERDONE']._serialized_start=2020
-  _globals['_LEARNERDONE']._serialized_end=2053
-  _globals['_LEARNERFAILED']._serialized_start=2055
-  _globals['_LEARNERFAILED']._serialized_end=2123
+  _globals['_JUDGEDRAFTS']._serialized_end=947
+  _globals['_EXPORTDRAFT']._serialized_start=949
+  _globals['_EXPORTDRAFT']._serialized_end=981
+  _globals['_RESETLEARNER']._serialized_start=983
+  _globals['_RESETLEARNER']._serialized_end=1016
+  _globals['_SAVELEARNER']._serialized_start=1018
+  _globals['_SAVELEARNER']._serialized_end=1031
+  _globals['_LEARNERREADY']._serialized_start=1033
+  _globals['_LEARNERREADY']._serialized_end=1127
+  _globals['_LEARNERPROGRESS']._serialized_start=1130
+  _globals['_LEARNERPROGRESS']._serialized_end=1578
+  _globals['_LEARNERPROGRESS_SAMPLESBYDOMAINENTRY']._serialized_start=1524
+  _globals['_LEARNERPROGRESS_SAMPLESBYDOMAINENTRY']._serialized_end=1578
+  _globals['_DRAFTSJUDGED']._serialized_start=1580
+  _globals['_DRAFTSJUDGED']._serialized_end=1706
+  _globals['_JUDGEDDOMAIN']._serialized_start=1708
+  _globals['_JUDGEDDOMAIN']._serialized_end=1782
+  _globals['_JUDGEDSAMPLE']._serialized_start=1785
+  _globals['_JUDGEDSAMPLE']._serialized_end=1949
+  _globals['_JUDGEDSCORE']._serialized_start=1951
+  _globals['_JUDGEDSCORE']._serialized_end=2001
+  _globals['_DRAFTEXPORTED']._serialized_start=2003
+  _globals['_DRAFTEXPORTED']._serialized_end=2098
+  _globals['_LEARNERDONE']._serialized_start=2100
+  _globals['_LEARNERDONE']._serialized_end=2133
+  _globals['_LEARNERFAILED']._serialized_start=2135
+  _globals['_LEARNERFAILED']._serialized_end=2203
 # @@protoc_insertion_point(module_scope)

@@ -69,12 +69,14 @@ class PauseTraining(_message.Message):
     def __init__(self) -> None: ...
 
 class JudgeDrafts(_message.Message):
-    __slots__ = ("incumbent", "candidate")
+    __slots__ = ("incumbent", "candidate", "is_own")
     INCUMBENT_FIELD_NUMBER: _ClassVar[int]
     CANDIDATE_FIELD_NUMBER: _ClassVar[int]
+    IS_OWN_FIELD_NUMBER: _ClassVar[int]
     incumbent: str
     candidate: str
-    def __init__(self, incumbent: _Optional[str] = ..., candidate: _Optional[str] = ...) -> None: ...
+    is_own: bool
+    def __init__(self, incumbent: _Optional[str] = ..., candidate: _Optional[str] = ..., is_own: _Optional[bool] = ...) -> None: ...
 
 class ExportDraft(_message.Message):
     __slots__ = ("directory",)
@@ -144,12 +146,14 @@ class LearnerProgress(_message.Message):
     def __init__(self, is_training: _Optional[bool] = ..., num_micro_steps: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_tokens: _Optional[int] = ..., loss: _Optional[float] = ..., trained_s: _Optional[float] = ..., last_micro_step_s: _Optional[float] = ..., max_micro_step_s: _Optional[float] = ..., samples_by_domain: _Optional[_Mapping[str, int]] = ..., num_samples: _Optional[int] = ..., num_corrupt: _Optional[int] = ..., num_skipped: _Optional[int] = ..., num_restored: _Optional[int] = ..., replay_bytes: _Optional[int] = ..., stream_id: _Optional[str] = ...) -> None: ...
 
 class DraftsJudged(_message.Message):
-    __slots__ = ("command_id", "domains")
+    __slots__ = ("command_id", "domains", "new_samples")
     COMMAND_ID_FIELD_NUMBER: _ClassVar[int]
     DOMAINS_FIELD_NUMBER: _ClassVar[int]
+    NEW_SAMPLES_FIELD_NUMBER: _ClassVar[int]
     command_id: int
     domains: _containers.RepeatedCompositeFieldContainer[JudgedDomain]
-    def __init__(self, command_id: _Optional[int] = ..., domains: _Optional[_Iterable[_Union[JudgedDomain, _Mapping]]] = ...) -> None: ...
+    new_samples: _containers.RepeatedCompositeFieldContainer[JudgedSample]
+    def __init__(self, command_id: _Optional[int] = ..., domains: _Optional[_Iterable[_Union[JudgedDomain, _Mapping]]] = ..., new_samples: _Optional[_Iterable[_Union[JudgedSample, _Mapping]]] = ...) -> None: ...
 
 class JudgedDomain(_message.Message):
     __slots__ = ("domain", "samples")
@@ -160,16 +164,18 @@ class JudgedDomain(_message.Message):
     def __init__(self, domain: _Optional[str] = ..., samples: _Optional[_Iterable[_Union[JudgedSample, _Mapping]]] = ...) -> None: ...
 
 class JudgedSample(_message.Message):
-    __slots__ = ("temperature", "num_positions", "candidate", "incumbent")
+    __slots__ = ("temperature", "num_positions", "candidate", "incumbent", "domain")
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     NUM_POSITIONS_FIELD_NUMBER: _ClassVar[int]
     CANDIDATE_FIELD_NUMBER: _ClassVar[int]
     INCUMBENT_FIELD_NUMBER: _ClassVar[int]
+    DOMAIN_FIELD_NUMBER: _ClassVar[int]
     temperature: float
     num_positions: int
     candidate: JudgedScore
     incumbent: JudgedScore
-    def __init__(self, temperature: _Optional[float] = ..., num_positions: _Optional[int] = ..., candidate: _Optional[_Union[JudgedScore, _Mapping]] = ..., incumbent: _Optional[_Union[JudgedScore, _Mapping]] = ...) -> None: ...
+    domain: str
+    def __init__(self, temperature: _Optional[float] = ..., num_positions: _Optional[int] = ..., candidate: _Optional[_Union[JudgedScore, _Mapping]] = ..., incumbent: _Optional[_Union[JudgedScore, _Mapping]] = ..., domain: _Optional[str] = ...) -> None: ...
 
 class JudgedScore(_message.Message):
     __slots__ = ("num_agreed", "overlap")

@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 
 from paceline.domain.errors import InvalidRequestError
 from paceline.trainer.forgetting import Forgetting, forgetting
-from paceline.trainer.gate import DomainScores, GateRules, PairedScore, Verdict, judge
+from paceline.trainer.gate import (
+    DomainScores,
+    GateRules,
+    NewScore,
+    PairedScore,
+    Verdict,
+    judge,
+)
 
 POSITIONS = 64
 Source = Callable[[np.random.Generator], PairedScore]
@@ -100,7 +107,7 @@ def test_a_domain_that_is_forgotten_outweighs_any_gain() -> None:
 
 def test_a_mean_below_is_enough_where_there_is_enough_text() -> None:
     flat = [PairedScore(64, 40, 32)] * 200
-    losing = [PairedScore(64, 28, 32), PairedScore(64, 31, 32)]
+    losing = [PairedScore(64, 26, 32), PairedScore(64, 31, 32)] * 10
     few = [DomainScores("a", flat), DomainScores("b", losing)]
     assert judge(few).reason == "undecided"
     many = [DomainScores("a", flat), DomainScores("b", losing * 16)]
@@ -179,3 +186,42 @@ def test_forgetting_is_measured_against_the_best_and_the_beginning() -> None:
     assert found["a"].transferred == pytest.approx(0.1)
     assert found["b"].transferred == pytest.approx(-0.1)
     assert forgetting([]) == {}
+
+
+def new_scores(gains: list[float], seed: int = 0, positions: int = 40) -> list[NewScore]:
+    random = np.random.default_rng(seed)
+    return [NewScore("b", drafts(gain, 0.3, positions)(random)) for gain in gains]
+
+
+def test_a_change_of_traffic_shows_in_the_newest_sequences() -> None:
+    held_out = [DomainScores("a", [PairedScore(64, 32.0, 32.0)] * 50)]
+    before = [NewScore("a", PairedScore(64, 32.0, 32.0))] * 512
+    assert judge(held_out, new=before).reason in ("no-gain", "undecided")
+    verdict = judge(held_out, new=before + new_scores([0.2] * 64))
+    assert verdict.is_accepted and verdict.scores[0].num_positions == 64 * 40
+    # Held-out text that knows the old traffic only shows nothing.
+    assert not judge(held_out).is_accepted
+
+
+def test_a_small_gain_shows_on_many_sequences() -> None:
+    assert judge([], new=new_scores([0.06] * 64)).reason == "undecided"
+    verdict = judge([], new=new_scores([0.06] * 512))
+    assert verdict.is_accepted and verdict.scores[0].num_positions == 512 * 40
+
+
+def test_new_traffic_without_a_gain_is_accepted_with_probability_alpha_at_most() -> None:
+    rules = GateRules()
+    runs = [judge([], rules, new_scores([0.0] * 512, seed)) for seed in range(60)]
+    assert sum(run.is_accepted for run in runs) <= 60 * rules.alpha + 3
+
+
+def test_a_gain_on_new_traffic_does_not_pay_for_what_is_forgotten() -> None:
+    new = new_scores([0.2] * 64)
+    forgotten = [DomainScores("a", [PairedScore(64, 20.0, 32.0)] * 60)]
+    assert judge(forgotten, new=new).reason == "forgets"
+    # A few unlucky sequences are no evidence; more of them wait for more.
+    few = [DomainScores("a", [PairedScore(64, 29.0, 32.0)] * 4)]
+    assert judge(few, new=new).is_accepted
+    more = [DomainScores("a", [PairedScore(64, 29.0, 32.0)] * 24)]
+    verdict = judge(more, new=new)
+    assert verdict.reason == "undecided" and "loses on 'a'" in verdict.detail

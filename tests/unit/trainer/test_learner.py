@@ -15,7 +15,7 @@ import torch
 from paceline.domain.learnings import Sample
 from paceline.engine.models.config import UnsupportedModelError
 from paceline.trainer.checkpoint import load_draft
-from paceline.trainer.judging import judge_all
+from paceline.trainer.judging import judge
 from paceline.trainer.learner import OnlineLearner
 from paceline.trainer.learner_options import LearnerOptions
 from paceline.trainer.micro_batches import Pace, cut
@@ -37,7 +37,12 @@ def samples(target: Path) -> list[Sample]:
 
 def learner(draft: Path, **changes: object) -> OnlineLearner:
     options = LearnerOptions(
-        str(draft), learning_rate=5e-3, batch_tokens=512, micro_tokens=256, held_out_every=4
+        str(draft),
+        learning_rate=5e-3,
+        batch_tokens=512,
+        micro_tokens=256,
+        held_out_every=4,
+        judges_first=False,
     )
     return OnlineLearner(replace(options, **changes))  # type: ignore[arg-type]
 
@@ -58,7 +63,7 @@ def train(one: OnlineLearner, num_steps: int) -> None:
 
 def acceptance(one: OnlineLearner) -> float:
     texts = [text for domain in one.replay.domains for text in one.replay.held_out(domain)]
-    judged = [judged for _, (judged,) in judge_all([one.model], texts)]
+    judged = [judge(one.model, text) for text in texts]
     return sum(j.overlap for j in judged) / sum(j.num_positions for j in judged)
 
 
@@ -302,6 +307,57 @@ def test_judging_compares_both_drafts_on_the_same_samples(
     for (_, (mine, _)), (_, (exported, _)) in zip(pairs, again, strict=True):
         # Weights in bf16 are all that differs.
         assert exported.overlap == pytest.approx(mine.overlap, rel=0.05)
+
+
+def test_texts_are_judged_before_they_are_learned_from(draft: Path, samples: list[Sample]) -> None:
+    one = learner(draft, judges_first=True)
+    feed(one, samples[:32])
+    train(one, 20)
+    first = one.first_sight.pairs(draft)
+    kept = [text for name in one.replay.domains for text in one.replay.held_out(name)]
+    # Nothing was learned before all had been judged, so both drafts were the same.
+    assert len(first) + len(kept) == 32 and len(one.replay) == len(first)
+    assert all(mine == incumbents for _, (mine, incumbents) in first)
+    feed(one, samples[32:])
+    before = one.model
+    expected = [judge(before, text_of(s, before.shape.vocab_size)) for s in samples[32:]]
+    train(one, 5)
+    new = one.first_sight.pairs(draft)[len(first) :]
+    seen = {text.tokens_T.tobytes() for text, _ in new}
+    assert [mine for _, (mine, _) in new] == [
+        judged
+        for judged, sample in zip(expected, samples[32:], strict=True)
+        if text_of(sample, before.shape.vocab_size).tokens_T.tobytes() in seen
+    ]
+    assert sum(mine.overlap - theirs.overlap for _, (mine, theirs) in new) > 0
+
+
+def test_scores_are_those_beside_one_incumbent(
+    draft: Path, samples: list[Sample], tmp_path: Path
+) -> None:
+    one = learner(draft, judges_first=True)
+    feed(one, samples[:32])
+    train(one, 5)
+    one.export(tmp_path / "other")
+    assert one.first_sight.pairs(draft)
+    assert not one.first_sight.pairs(tmp_path / "other")
+    feed(one, samples[32:])
+    train(one, 1)
+    assert all(
+        mine.overlap != theirs.overlap or mine.num_positions
+        for _, (mine, theirs) in one.first_sight.pairs(tmp_path / "other")
+    )
+    one.reset(draft)
+    assert not one.first_sight.pairs(draft)
+
+
+def test_what_waits_is_bounded_and_kept_in_the_state(draft: Path, samples: list[Sample]) -> None:
+    one = learner(draft, judges_first=True, held_out_every=10**9)
+    for _ in range(5):
+        feed(one, samples)
+    assert len(one.replay) == 5 * 64 - 256
+    one.state()
+    assert len(one.replay) == 5 * 64 and not one.first_sight.has_waiting
 
 
 def test_a_learner_goes_on_where_its_state_was(

@@ -118,15 +118,22 @@ async def test_it_trains_while_granted_and_rests_otherwise(
         with pytest.raises(DeadlineError):
             await link.judge(str(draft), timeout_s=0.2)
         link.grant(threads=1, seconds=60.0)
-        domains = await link.judge(str(draft))
+        domains = (await link.judge(str(draft))).domains
         assert [domain.domain for domain in domains] == ["a", "b"]
         both = [sample for domain in domains for sample in domain.samples]
         assert all(sample.num_positions == 24 for sample in both) and len(both) >= 4
         assert sum(s.candidate.overlap for s in both) > sum(s.incumbent.overlap for s in both)
+        # Of new samples it tells what they were like before they were learned from.
+        link.feed(samples)
+        steps = link.progress.num_steps
+        await until(lambda: link.progress.num_steps > steps, 30.0)
+        judged = await link.judge(str(draft), is_own=True)
+        new = judged.new_samples
+        assert len(new) + len(both) == 48 and {sample.domain for sample in new} == {"a", "b"}
         await link.pause()
 
         exported = await link.export(str(tmp_path / "out"))
-        assert exported.num_tokens == link.progress.num_tokens and exported.num_samples == 48
+        assert exported.num_tokens == link.progress.num_tokens and exported.num_samples == 96
         load_draft(tmp_path / "out")
         with pytest.raises(InternalError, match="No such") as failed:
             await link.export(str(tmp_path / "missing" / "out"))

@@ -68,15 +68,12 @@ async def test_a_bad_draft_forced_past_the_gate_is_back_within_twenty_sequences(
         active = rig.registry.active()
         assert active is not None and active.version == floor.version
         assert rig.registry.get(bad).decisions[-1].reason == "far-worse"
-        assert (
-            rig.value(
-                "paceline_draft_decisions_total",
-                drafter="model",
-                stage="rolled-back",
-                reason="far-worse",
-            )
-            == 1
-        )
+        labels = {"drafter": "model", "stage": "rolled-back", "reason": "far-worse"}
+
+        async def is_counted() -> bool:
+            return rig.value("paceline_draft_decisions_total", **labels) == 1
+
+        await until(is_counted, 10)
 
 
 async def test_a_better_draft_is_promoted_and_taken_back_when_it_turns_bad(

@@ -1,0 +1,79 @@
+"""Texts are judged before they are learned from: how a draft does on traffic that is new to it.
+
+Every text to learn from is met first by the draft as it is and by the one in use, and both are
+scored (prequential, "test then train"; Dawid 1984). So all traffic serves for judging, the newest
+counts as soon as it is there, and nothing is kept from learning for it. learner.py lets texts
+wait here; gate.py reads the scores.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from pathlib import Path
+
+from paceline.trainer.checkpoint import load_draft
+from paceline.trainer.decoder import DraftModel
+from paceline.trainer.judging import Judged, judge
+from paceline.trainer.texts import Text
+
+_MAX_WAITING = 256
+"""Texts; beyond, the oldest is learned from without a score."""
+_MAX_SCORES = 512
+
+Pair = tuple[Text, tuple[Judged, Judged]]
+"""A text with (the learning draft as it was then, the incumbent) on it."""
+
+
+class FirstSight:
+    """Texts that wait to be judged, and what came of those before."""
+
+    def __init__(self, incumbent: Path) -> None:
+        """Compare with the draft of a directory."""
+        self._directory = incumbent
+        self._incumbent: DraftModel | None = None
+        self._waiting: deque[Text] = deque()
+        self._pairs: deque[Pair] = deque(maxlen=_MAX_SCORES)
+
+    @property
+    def has_waiting(self) -> bool:
+        """Whether there is a text to judge."""
+        return bool(self._waiting)
+
+    def add(self, text: Text) -> Text | None:
+        """Let a text wait; return one that has to be learned from as it is, if there is one."""
+        self._waiting.append(text)
+        return self._waiting.popleft() if len(self._waiting) > _MAX_WAITING else None
+
+    def judge_next(self, model: DraftModel) -> Text:
+        """Score the text that waits longest and return it: it may be learned from now.
+
+        Raises:
+            UnsupportedModelError: the incumbent cannot be loaded.
+        """
+        if self._incumbent is None:
+            self._incumbent = load_draft(self._directory)
+        text = self._waiting.popleft()
+        pair = judge(model, text), judge(self._incumbent, text)
+        if pair[0].num_positions:
+            self._pairs.append((text, pair))
+        return text
+
+    def release(self) -> list[Text]:
+        """Return the texts that wait, to be learned from without a score."""
+        texts = list(self._waiting)
+        self._waiting.clear()
+        return texts
+
+    def pairs(self, incumbent: Path) -> list[Pair]:
+        """Return the scores beside a draft, oldest first.
+
+        If it is not the one that was compared with there are none, and it is from now on.
+        """
+        if incumbent != self._directory:
+            self.restart(incumbent)
+        return list(self._pairs)
+
+    def restart(self, incumbent: Path) -> None:
+        """Forget the scores and compare with another draft; texts go on waiting."""
+        self._directory, self._incumbent = incumbent, None
+        self._pairs.clear()
