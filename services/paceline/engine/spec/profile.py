@@ -7,12 +7,14 @@ forget, so that they follow the text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 _FIRST_ROUNDS = 4
 """Rounds in which a mean is plain, before it forgets."""
 _TRUST_WEIGHT = 4.0
 """Tokens promised and kept to begin with."""
+_TIME_RATE, _FALLING_TIME_RATE = 0.05, 0.3
+"""Weights of the newest call in mean times."""
 
 
 class Profile:
@@ -68,30 +70,38 @@ class Profile:
 class DraftTimes:
     """Seconds that an arm takes to draft for so many sequences together."""
 
-    __slots__ = ("_levels", "_seconds")
+    __slots__ = ("_level_s", "_seconds")
 
     def __init__(self) -> None:
         self._seconds: dict[int, float] = {}
-        self._levels = 1.0
+        self._level_s: dict[int, float] = {}
 
     def note(self, num_sequences: int, levels: int, seconds: float) -> None:
         """Count a call that brought trees of so many levels at most."""
-        self._levels += 0.05 * (levels - self._levels)
         size = num_sequences.bit_length()
-        before = self._seconds.get(size)
-        # A mean that forgets: now and then a call has a whole prompt to catch up with.
-        self._seconds[size] = seconds if before is None else before + 0.05 * (seconds - before)
+        before = self._seconds.get(size, seconds)
+        self._seconds[size] = before + _TIME_RATE * (seconds - before)
+        # Now and then a call has a whole prompt to catch up with, often the very first: that is
+        # not what one more level costs.
+        each_s = seconds / levels
+        before = self._level_s.get(size, each_s)
+        rate = _TIME_RATE if each_s > before else _FALLING_TIME_RATE
+        self._level_s[size] = before + rate * (min(each_s, 2.0 * before) - before)
 
     def level_s(self, num_sequences: int) -> float:
         """Return the expected seconds of one level, were all of a call's time spent on levels."""
-        return self.of(num_sequences) / self._levels
+        return _nearest(self._level_s, num_sequences)
 
     def of(self, num_sequences: int) -> float:
         """Return the expected seconds; 0 where nothing was measured yet."""
-        if not self._seconds:
-            return 0.0
-        size = num_sequences.bit_length()
-        nearest = min(self._seconds, key=lambda known: abs(known - size))
-        # Somewhere between once for all and once for each.
-        scale: float = 2.0 ** (0.5 * (size - nearest))
-        return self._seconds[nearest] * scale
+        return _nearest(self._seconds, num_sequences)
+
+
+def _nearest(known: Mapping[int, float], num_sequences: int) -> float:
+    if not known:
+        return 0.0
+    size = num_sequences.bit_length()
+    nearest = min(known, key=lambda other: abs(other - size))
+    # Somewhere between once for all and once for each.
+    scale: float = 2.0 ** (0.5 * (size - nearest))
+    return known[nearest] * scale

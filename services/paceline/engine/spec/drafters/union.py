@@ -2,7 +2,8 @@
 
 A path of a later tree is inserted behind the longest prefix of it that is there already. What
 an edge is worth is the largest of what its proposers say (value of the node over that of its
-parent), and a node's value is the product along its path. The largest and not a noisy-or: the
+parent), siblings leave each other no more than 1 together, and a node's value is the product along
+its path. The largest and not a noisy-or: the
 proposers learnt from the same text, so that their agreeing is little further evidence, while
 any of them may know better than the others. A node that several propose stays the first's, with
 its confidence: that is whose calibration learns what became of it. `DraftTree.also` names the
@@ -187,10 +188,11 @@ class _Union:
 
     def best(self, budget: DraftBudget) -> DraftTree:
         """Return the kept draws with the most valuable other nodes."""
+        edges = self._edges if self._drawn else self._exclusive()
         values: list[float] = []
         for node, parent in enumerate(self._parents):
             above = 1.0 if parent == ROOT else values[parent]
-            values.append(self._drawn.get(node, above * self._edges[node]))
+            values.append(self._drawn.get(node, above * edges[node]))
         chosen: set[int] = set()
         for node in self._drawn:
             while node != ROOT and node not in chosen:
@@ -203,6 +205,19 @@ class _Union:
                 break
             chosen.add(node)
         return self._tree(self._ordered(chosen, values), values)
+
+    def _exclusive(self) -> list[float]:
+        """Return the edges, made to leave siblings no more than 1 together.
+
+        One of them at most is right, and each drafter spoke without knowing the others.
+        """
+        edges = list(self._edges)
+        left: dict[int, float] = {}
+        for node in sorted(range(len(edges)), key=lambda n: -edges[n]):
+            parent = self._parents[node]
+            edges[node] = min(edges[node], left.get(parent, 1.0))
+            left[parent] = left.get(parent, 1.0) - edges[node]
+        return edges
 
     def _add(self, parent: int, tree: DraftTree, node: int) -> int:
         """Return the place of a node, a new one unless its path is there."""
