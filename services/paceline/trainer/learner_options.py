@@ -11,9 +11,18 @@ class LearnerOptions:
     """Options of one learner."""
 
     draft: str
-    """Directory of the checkpoint to start from, tokenizer included."""
+    """Directory of the checkpoint to start from, tokenizer included. Of heads it may be empty:
+    they start as the target's own head."""
     state: str = ""
     """Directory where the state is kept; empty keeps none."""
+    drafter: str = "model"
+    """What learns (learnables.py): a small model, or Medusa heads on hidden states."""
+    target: str = ""
+    """Directory of the target's checkpoint; heads need it."""
+    num_heads: int = 4
+    """Of new heads: tokens that they draft behind the one that the target draws itself."""
+    num_layers: int = 1
+    """Residual blocks of each new head; the paper's choice."""
     seed: int = 0
     """Of the order in which samples are met."""
     loss: str = "lk"
