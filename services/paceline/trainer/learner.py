@@ -20,8 +20,8 @@ import torch
 from paceline.domain.learnings import Sample
 from paceline.trainer.counters import Counters
 from paceline.trainer.domains import Domains
-from paceline.trainer.guessing import GuessingModel
 from paceline.trainer.guard import Guard
+from paceline.trainer.guessing import GuessingModel
 from paceline.trainer.judging import Judged, judge_all
 from paceline.trainer.learnables import LEARNABLES
 from paceline.trainer.learner_options import LearnerOptions
