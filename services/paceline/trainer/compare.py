@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from paceline.domain.drafts import MEDUSA_DRAFTER
 from paceline.domain.errors import PacelineError
 from paceline.domain.learnings import Sample
 from paceline.trainer.chains import ChainTally
@@ -118,9 +119,8 @@ def compare(options: CompareOptions) -> dict[str, Any]:
 
 
 def _way(options: CompareOptions, drafter: str) -> LearnerOptions:
-    is_model = drafter == "model"
     return LearnerOptions(
-        options.draft if is_model else options.heads,
+        options.heads if drafter == MEDUSA_DRAFTER else options.draft,
         drafter=drafter,
         target=options.target,
         num_heads=options.depth,

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from paceline.domain.drafts import MEDUSA_DRAFTER, MODEL_DRAFTER
 from paceline.domain.learnings import Sample
 from paceline.engine.models.config import UnsupportedModelError, load_model_config
 from paceline.trainer.checkpoint import load_draft, save_draft
@@ -185,6 +186,6 @@ class Heads:
 
 
 LEARNABLES: dict[str, Callable[[LearnerOptions], Learnable]] = {
-    "model": SmallModel,
-    "medusa": Heads,
+    MODEL_DRAFTER: SmallModel,
+    MEDUSA_DRAFTER: Heads,
 }

@@ -8,7 +8,8 @@ drafted token is accepted exactly where it is the drawn one:
     drafted   a b c d     f x   h
     origin    1 1 1 1 3   1 2   1
 
-With hidden states the samples are those that the engine captures (engine/spec/capture.py).
+With hidden states the samples are those that the engine captures (engine/spec/capture.py), which
+passes over what it has no time for when steps are as short as capturing.
 compare.py learns from it.
 """
 
