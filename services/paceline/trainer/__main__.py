@@ -36,7 +36,11 @@ from paceline.trainer.conductor import Conductor
 from paceline.trainer.desk import Desk
 from paceline.trainer.heads_file import HeadsFile
 from paceline.trainer.idle_cores import IdleCores
-from paceline.trainer.learner_options import LearnerOptions
+from paceline.trainer.learner_options import (
+    HEADS_BATCH_TOKENS,
+    MODEL_BATCH_TOKENS,
+    LearnerOptions,
+)
 from paceline.trainer.offers import Inbox
 from paceline.trainer.registry import Registry
 from paceline.trainer.server import SERVICE_NAME, DraftServicer
@@ -139,6 +143,7 @@ def _training(
         loss=settings.loss,
         positions=settings.positions,
         learning_rate=settings.learning_rate,
+        batch_tokens=MODEL_BATCH_TOKENS if is_model else HEADS_BATCH_TOKENS,
     )
 
     def active_draft() -> str:

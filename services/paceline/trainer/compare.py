@@ -32,7 +32,11 @@ from paceline.trainer.guessing import GuessingModel
 from paceline.trainer.judging import Judged, judge
 from paceline.trainer.learnables import LEARNABLES
 from paceline.trainer.learner import OnlineLearner
-from paceline.trainer.learner_options import LearnerOptions
+from paceline.trainer.learner_options import (
+    HEADS_BATCH_TOKENS,
+    MODEL_BATCH_TOKENS,
+    LearnerOptions,
+)
 from paceline.trainer.losses import LOSSES
 from paceline.trainer.positions import POSITIONS
 from paceline.trainer.stream_file import read_stream
@@ -119,13 +123,15 @@ def compare(options: CompareOptions) -> dict[str, Any]:
 
 
 def _way(options: CompareOptions, drafter: str) -> LearnerOptions:
+    is_heads = drafter == MEDUSA_DRAFTER
+    usual = HEADS_BATCH_TOKENS if is_heads else MODEL_BATCH_TOKENS
     return LearnerOptions(
-        options.heads if drafter == MEDUSA_DRAFTER else options.draft,
+        options.heads if is_heads else options.draft,
         drafter=drafter,
         target=options.target,
         num_heads=options.depth,
         seed=options.seed,
-        batch_tokens=options.batch_tokens,
+        batch_tokens=options.batch_tokens or usual,
         micro_tokens=_MICRO_TOKENS,
         replay_bytes=_REPLAY_BYTES,
     )

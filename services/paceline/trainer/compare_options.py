@@ -58,8 +58,8 @@ class CompareOptions:
     seconds: float | None = None
     """Training time of each way on the processor, spread over the stream, whatever number of
     tokens that makes; None goes by `learned_ratio`."""
-    batch_tokens: int = 2048
-    """Tokens behind one optimiser step."""
+    batch_tokens: int | None = None
+    """Tokens behind one optimiser step; None takes what is usual for each kind of draft."""
     threads: int = 1
     seed: int = 0
     is_quiet: bool = False

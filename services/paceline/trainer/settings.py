@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from paceline.process.settings import ServiceSettings
 
@@ -57,6 +57,12 @@ class TrainerSettings(ServiceSettings):
     nothing."""
     drain_grace_s: float = Field(default=5.0, ge=0)
     """Seconds that running calls get on SIGTERM."""
+
+    @model_validator(mode="after")
+    def _something_learns(self) -> Self:
+        if self.learn != "model" and not self.training:
+            raise ValueError(f"learn {self.learn}: nothing learns without training")
+        return self
 
     @property
     def floor(self) -> Path:

@@ -78,8 +78,13 @@ def training(
         ),
     ] = None,
     batch_tokens: Annotated[
-        int, typer.Option(min=16, help="Tokens behind one optimiser step.")
-    ] = 2048,
+        int | None,
+        typer.Option(
+            min=16,
+            help="Tokens behind one optimiser step; by default what is usual for each draft.",
+            show_default=False,
+        ),
+    ] = None,
     hidden: Annotated[
         bool, typer.Option("--hidden", help="For --record: hidden states too, for heads.")
     ] = False,
