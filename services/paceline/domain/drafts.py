@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 MODEL_DRAFTER = "model"
 """The drafting model that everybody may use; others of a bank are "model:NAME"."""
+MEDUSA_DRAFTER = "medusa"
+"""Heads on the target's hidden states; they have no versions."""
 
 
 @dataclass(frozen=True, slots=True)

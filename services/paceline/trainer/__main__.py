@@ -20,7 +20,7 @@ import grpc
 
 from paceline import __version__
 from paceline.domain.directories import state_directory
-from paceline.domain.drafts import DraftEntry
+from paceline.domain.drafts import MODEL_DRAFTER, DraftEntry
 from paceline.domain.errors import PacelineError, PreconditionError, UnavailableError
 from paceline.domain.member import Member, Role
 from paceline.engine.checkpoint_files import model_digest
@@ -34,8 +34,13 @@ from paceline.rpc.server import create_server
 from paceline.trainer.attendants import Attendants
 from paceline.trainer.conductor import Conductor
 from paceline.trainer.desk import Desk
+from paceline.trainer.heads_file import HeadsFile
 from paceline.trainer.idle_cores import IdleCores
-from paceline.trainer.learner_options import LearnerOptions
+from paceline.trainer.learner_options import (
+    HEADS_BATCH_TOKENS,
+    MODEL_BATCH_TOKENS,
+    LearnerOptions,
+)
 from paceline.trainer.offers import Inbox
 from paceline.trainer.registry import Registry
 from paceline.trainer.server import SERVICE_NAME, DraftServicer
@@ -73,7 +78,12 @@ async def serve(settings: TrainerSettings) -> int:
         floor = await desk.change(lambda store: store.import_floor(settings.floor))
         training = _training(settings, digest, home, metrics, stack)
         rules = TrialRules(steps=settings.candidate_steps)
-        trials = Trials(desk, training, home.directory / "candidates", metrics, rules)
+        is_tried = settings.learn == MODEL_DRAFTER
+        learned = training if is_tried else None
+        trials = Trials(desk, learned, home.directory / "candidates", metrics, rules)
+        if training is not None and not is_tried:
+            heads = HeadsFile(training, _heads_directory(home), settings.candidate_steps)
+            tasks.spawn(heads.run(), "heads-file")
         conductor = Conductor(attendants, trials, training, machine_name())
         tasks.spawn(conductor.run(), "conductor", is_vital=True)
 
@@ -124,15 +134,22 @@ def _training(
     stack.push_async_callback(stream.close)
     cores = os.sched_getaffinity(0)
     spare = Spare(POLICIES[settings.spare](SpareRules()), len(cores), IdleCores(cores))
+    is_model = settings.learn == MODEL_DRAFTER
     options = LearnerOptions(
-        draft=str(settings.floor),
-        state=str(home.directory / "learner"),
+        draft=str(settings.floor) if is_model else "",
+        state=str(home.directory / ("learner" if is_model else f"learner-{settings.learn}")),
+        drafter=settings.learn,
+        target=str(settings.model),
         loss=settings.loss,
         positions=settings.positions,
         learning_rate=settings.learning_rate,
+        batch_tokens=MODEL_BATCH_TOKENS if is_model else HEADS_BATCH_TOKENS,
     )
 
     def active_draft() -> str:
+        if not is_model:
+            heads = _heads_directory(home)
+            return str(heads) if (heads / "config.json").is_file() else ""
         active = home.registry.active()
         if active is None:
             return str(settings.floor)
@@ -141,6 +158,10 @@ def _training(
     return Training(
         options, stream, spare, metrics, get_draft=active_draft, log_level=settings.log_level
     )
+
+
+def _heads_directory(home: Home) -> Path:
+    return home.directory / "heads"
 
 
 @dataclass(frozen=True, slots=True)

@@ -184,6 +184,7 @@ class ReplayBuffer:
                 int(entry["first"]),
                 arrays[f"{i}.origins"].numpy() if f"{i}.origins" in arrays else None,
                 str(entry["domain"]),
+                arrays[f"{i}.hidden"].numpy() if f"{i}.hidden" in arrays else None,
             )
             shelf = self._shelves.setdefault(entry["shelf"], Shelf())
             shelf.put(entry["place"], float(entry["key"]), int(entry["number"]), text)
@@ -207,4 +208,6 @@ def _parts(text: Text) -> dict[str, torch.Tensor]:
     }
     if text.origins_T is not None:
         parts["origins"] = text.origins_T
+    if text.hidden_TE is not None:
+        parts["hidden"] = text.hidden_TE
     return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in parts.items()}
