@@ -32,6 +32,7 @@ from paceline.process.metrics import Metrics, serve_metrics
 from paceline.process.sample_stream import SampleStream
 from paceline.rpc.server import create_server
 from paceline.trainer.attendants import Attendants
+from paceline.trainer.bank import Bank
 from paceline.trainer.conductor import Conductor
 from paceline.trainer.desk import Desk
 from paceline.trainer.idle_cores import IdleCores
@@ -74,7 +75,8 @@ async def serve(settings: TrainerSettings) -> int:
         training = _training(settings, digest, home, metrics, stack)
         rules = TrialRules(steps=settings.candidate_steps)
         trials = Trials(desk, training, home.directory / "candidates", metrics, rules)
-        conductor = Conductor(attendants, trials, training, machine_name())
+        bank = Bank(desk, training, home.directory / "candidates", metrics, rules)
+        conductor = Conductor(attendants, trials, bank, training, machine_name())
         tasks.spawn(conductor.run(), "conductor", is_vital=True)
 
         servicer = DraftServicer(digest, desk, attendants, home.inbox, conductor.offer, metrics)

@@ -219,9 +219,9 @@ class OnlineLearner:
         )
 
     def judging(
-        self, incumbent: Path, candidate: Path | None = None
+        self, incumbent: Path, candidate: Path | None = None, domain: str = ""
     ) -> Iterator[tuple[Text, tuple[Judged, ...]]]:
-        """Yield every held-out text with (candidate, incumbent) on it, domain after domain.
+        """Yield held-out texts, of a domain or all, with (candidate, incumbent) on each.
 
         The candidate is the draft as it is now, so nothing may be learned in between, unless a
         directory is given.
@@ -232,7 +232,8 @@ class OnlineLearner:
         self.settle()
         mine = self.model if candidate is None else load_draft(candidate)
         models: tuple[DraftModel, ...] = (mine, load_draft(incumbent))
-        texts = [text for domain in self.replay.domains for text in self.replay.held_out(domain)]
+        domains = [domain] if domain else self.replay.domains
+        texts = [text for name in domains for text in self.replay.held_out(name)]
         return judge_all(models, texts)
 
     def reset(self, directory: Path) -> None:

@@ -59,6 +59,8 @@ class LearnerLink:
         self._frames = FrameReader()
         self._has_ended = False
         self._numbers = itertools.count(1)
+        self._judging = asyncio.Lock()
+        """Held while drafts are compared: the learner drops a comparison for the next one."""
         self._pending: dict[int, asyncio.Future[learner_pb2.LearnerEvent]] = {}
         self.progress = learner_pb2.LearnerProgress()
         """The last that was reported."""
@@ -174,16 +176,19 @@ class LearnerLink:
         await self._ask(timeout_s, pause=learner_pb2.PauseTraining())
 
     async def judge(
-        self, incumbent: str, candidate: str = "", timeout_s: float = 600.0
+        self, incumbent: str, candidate: str = "", domain: str = "", timeout_s: float = 600.0
     ) -> list[learner_pb2.JudgedDomain]:
-        """Compare a draft with the incumbent on held-out samples; takes as much as is granted.
+        """Compare a draft with the incumbent on held-out samples, of one domain or all.
+
+        One comparison at a time, each taking as much as is granted; others wait.
 
         Raises:
             DeadlineError, UnavailableError: there was no answer, or the learner is gone.
             InternalError: a draft cannot be loaded; says why.
         """
-        judge = learner_pb2.JudgeDrafts(incumbent=incumbent, candidate=candidate)
-        event = await self._ask(timeout_s, judge=judge)
+        judge = learner_pb2.JudgeDrafts(incumbent=incumbent, candidate=candidate, domain=domain)
+        async with self._judging:
+            event = await self._ask(timeout_s, judge=judge)
         return list(event.judged.domains)
 
     async def export(self, directory: str, timeout_s: float = 60.0) -> Exported:

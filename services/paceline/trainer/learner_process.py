@@ -174,7 +174,8 @@ class LearnerLoop:
             case "judge":
                 candidate = Path(command.judge.candidate) if command.judge.candidate else None
                 self._drop_judging("another comparison was asked for")
-                pairs = learner.judging(Path(command.judge.incumbent), candidate)
+                incumbent, domain = Path(command.judge.incumbent), command.judge.domain
+                pairs = learner.judging(incumbent, candidate, domain)
                 self._judging = Judging(number, pairs)
             case "export":
                 learner.export(Path(command.export.directory))
