@@ -42,6 +42,8 @@ from paceline.trainer.registry import Registry
 from paceline.trainer.server import SERVICE_NAME, DraftServicer
 from paceline.trainer.settings import TrainerSettings
 from paceline.trainer.spare import POLICIES, SpareRules
+from paceline.trainer.specialising import Specialising
+from paceline.trainer.specialists import SpecialistRules
 from paceline.trainer.training import Spare, Training
 from paceline.trainer.trials import TrialRules, Trials
 from paceline.v1 import drafts_pb2_grpc
@@ -76,7 +78,10 @@ async def serve(settings: TrainerSettings) -> int:
         rules = TrialRules(steps=settings.candidate_steps)
         trials = Trials(desk, training, home.directory / "candidates", metrics, rules)
         bank = Bank(desk, training, home.directory / "candidates", metrics, rules)
-        conductor = Conductor(attendants, trials, bank, training, machine_name())
+        specialising = _specialising(settings, desk, training, bank, home)
+        conductor = Conductor(
+            attendants, trials, bank, training, machine_name(), specialising=specialising
+        )
         tasks.spawn(conductor.run(), "conductor", is_vital=True)
 
         servicer = DraftServicer(digest, desk, attendants, home.inbox, conductor.offer, metrics)
@@ -143,6 +148,19 @@ def _training(
     return Training(
         options, stream, spare, metrics, get_draft=active_draft, log_level=settings.log_level
     )
+
+
+def _specialising(
+    settings: TrainerSettings, desk: Desk, training: Training | None, bank: Bank, home: Home
+) -> Specialising | None:
+    if training is None or not settings.specialists:
+        return None
+    rules = SpecialistRules(
+        max_specialists=settings.specialists,
+        rank=settings.specialist_rank,
+        num_steps=settings.specialist_steps,
+    )
+    return Specialising(desk, training, bank, home.directory / "candidates", rules)
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,7 +82,7 @@ class Bank:
         Raises:
             PacelineError: the registry refuses it, the bank is full, or a version is on trial.
         """
-        record = await self.add(directory, drafter, 0, 0)
+        record = await self.add(directory, drafter)
         if is_forced:
             return await self.settle(record, FORCED)
         if self._training is None:
@@ -91,9 +91,16 @@ class Bank:
         return await self.settle(record, await self.judge(files[0].parent, drafter))
 
     async def add(
-        self, directory: Path, drafter: str, num_samples: int, num_tokens: int, rank: int = 0
+        self,
+        directory: Path,
+        drafter: str,
+        *,
+        parent: str = "",
+        num_samples: int = 0,
+        num_tokens: int = 0,
+        rank: int = 0,
     ) -> DraftRecord:
-        """Take a checkpoint as a candidate.
+        """Take a checkpoint as a candidate; without a parent it counts as made from what is used.
 
         Raises:
             PacelineError: the registry refuses it, or the bank is full.
@@ -101,12 +108,11 @@ class Bank:
 
         def add(store: DraftStore) -> DraftRecord:
             store.check_room(drafter)
-            # A difference is one to the draft that everybody may use.
-            active = (not rank and store.active(drafter)) or store.active(MODEL_DRAFTER)
+            active = store.active(drafter) or store.active(MODEL_DRAFTER)
             return store.add(
                 directory,
                 drafter=drafter,
-                parent="" if active is None else active.version,
+                parent=parent or ("" if active is None else active.version),
                 num_samples=num_samples,
                 num_tokens=num_tokens,
                 rank=rank,

@@ -18,6 +18,7 @@ from paceline.domain.learnings import SequenceOutcome
 from paceline.domain.slack import Slack
 from paceline.trainer.attendants import Attendants
 from paceline.trainer.bank import Bank
+from paceline.trainer.specialising import Specialising
 from paceline.trainer.training import Training
 from paceline.trainer.trials import Trials
 
@@ -34,10 +35,12 @@ class Conductor:
         bank: Bank,
         training: Training | None,
         machine: str,
+        specialising: Specialising | None = None,
     ) -> None:
         """Without training only offers come into use; `machine` is this process's."""
         self._trials = trials
         self._bank = bank
+        self._specialising = specialising
         self._training = training
         self._machine = machine
         attendants.on_outcomes = self.on_outcomes
@@ -49,6 +52,8 @@ class Conductor:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._trials.run(), name="trials")
             tasks.create_task(self._bank.run(), name="bank")
+            if self._specialising is not None:
+                tasks.create_task(self._specialising.run(), name="specialising")
             if self._training is not None:
                 tasks.create_task(self._training.run(), name="training")
 
@@ -78,6 +83,8 @@ class Conductor:
         del worker_id
         self._trials.note(outcomes)
         self._bank.note(outcomes)
+        if self._specialising is not None:
+            self._specialising.note(outcomes)
 
     def on_slack(self, worker_id: str, machine: str, slack: Slack) -> None:
         """Take what a worker could spare; those of other machines compute elsewhere."""

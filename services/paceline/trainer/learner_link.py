@@ -202,6 +202,31 @@ class LearnerLink:
         exported = event.exported
         return Exported(exported.directory, exported.num_samples, exported.num_tokens)
 
+    async def specialise(
+        self,
+        base: str,
+        domain: str,
+        directory: str,
+        *,
+        rank: int,
+        num_steps: int,
+        timeout_s: float = 3600.0,
+    ) -> Exported:
+        """Let a draft for one domain be made from a checkpoint, beside what is learned anyway.
+
+        One at a time: another one ends the one before. Takes as much as is granted.
+
+        Raises:
+            DeadlineError, UnavailableError: there was no answer, or the learner is gone.
+            InternalError: it went wrong, or could not be written ("disk-failed").
+        """
+        specialise = learner_pb2.SpecialiseDraft(
+            base=base, domain=domain, rank=rank, num_steps=num_steps, directory=directory
+        )
+        event = await self._ask(timeout_s, specialise=specialise)
+        exported = event.exported
+        return Exported(exported.directory, exported.num_samples, exported.num_tokens)
+
     async def reset(self, directory: str, timeout_s: float = 60.0) -> None:
         """Start again from a checkpoint; samples stay.
 

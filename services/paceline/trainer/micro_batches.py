@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Protocol
 
 from paceline.trainer.positions import weighed
-from paceline.trainer.replay import ReplayBuffer
 from paceline.trainer.texts import Batch, Text, pack
 
 LEAST_TOKENS = 16
@@ -50,10 +50,18 @@ class Pace:
         self._rate = min(_FIRST_RATE, self._rate * _HOPE)
 
 
+class TextSource(Protocol):
+    """Where texts come from: a replay buffer, or a part of one."""
+
+    def draw(self, recent_ratio: float) -> Text | None:
+        """Return a text to learn from; None if there is none."""
+        ...
+
+
 class MicroBatches:
     """Draws micro-batches from a replay buffer."""
 
-    def __init__(self, replay: ReplayBuffer, positions: str, recent_ratio: float) -> None:
+    def __init__(self, replay: TextSource, positions: str, recent_ratio: float) -> None:
         self._replay = replay
         self._positions = positions
         self._recent_ratio = recent_ratio
