@@ -57,7 +57,8 @@ class TrainerSettings(ServiceSettings):
     specialist_rank: int = Field(default=8, ge=1, le=256)
     """Rank of what such a draft learns over the one that it is made from."""
     specialist_steps: int = Field(default=128, ge=1)
-    """Optimiser steps that such a draft is trained for."""
+    """Optimiser steps that such a draft is trained for; fewer where its samples would be met more
+    than 4 times."""
     drain_grace_s: float = Field(default=5.0, ge=0)
     """Seconds that running calls get on SIGTERM."""
 

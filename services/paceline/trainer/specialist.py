@@ -28,6 +28,10 @@ from paceline.trainer.sliced_adamw import NotFiniteError, SlicedAdamW
 from paceline.trainer.texts import Text
 from paceline.trainer.train import TrainPlan, learned_logits, rate_at
 
+_MOST_PASSES = 4
+"""Over what it has to learn from when it begins. With 20 passes over 43 samples the demo model's
+draft lost 0.007 to 0.025 of its acceptance on held-out text of the domain itself."""
+
 
 @dataclass(frozen=True, slots=True)
 class Order:
@@ -38,7 +42,7 @@ class Order:
     domain: str
     rank: int
     num_steps: int
-    """Of the optimiser."""
+    """Of the optimiser; fewer where there is too little to learn from."""
     directory: Path
     """To make."""
 
@@ -73,6 +77,8 @@ class Specialist:
         self._optimiser = SlicedAdamW(differences, 0.0, options.max_grad_norm)
         self._loss = LOSSES[options.loss]
         texts = OneDomain(replay, order.domain, options.seed)
+        passes = _MOST_PASSES * texts.num_tokens / options.batch_tokens
+        self._most_steps = min(order.num_steps, max(1, round(passes)))
         self._batches = MicroBatches(texts, options.positions, 0.0)
         self._plan = TrainPlan(learning_rate=options.learning_rate)
         self._pace = Pace()
@@ -84,7 +90,7 @@ class Specialist:
     @property
     def is_done(self) -> bool:
         """Whether it has learned for all of its steps."""
-        return self.num_steps >= self.order.num_steps
+        return self.num_steps >= self._most_steps
 
     def micro_step(self, deadline_s: float) -> bool:
         """Learn for at most a micro-step, ending before the deadline of the clock.
@@ -141,7 +147,7 @@ class Specialist:
         self.num_tokens += batch.num_tokens
         self._pace.note(batch.num_tokens, self._monotonic() - begun_s)
         if self._batch_tokens >= options.batch_tokens:
-            progress = self.num_steps / self.order.num_steps
+            progress = self.num_steps / self._most_steps
             rate = rate_at(self._plan, progress)
             self._under_way = self._optimiser.step(rate, 1.0 / self._weight_sum)
         return True
@@ -166,6 +172,13 @@ class OneDomain:
     def __init__(self, replay: ReplayBuffer, domain: str, seed: int) -> None:
         self._replay, self._domain = replay, domain
         self._chance = random.Random(seed)
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the texts to learn from."""
+        count = self._replay.num_texts(self._domain)
+        texts = (self._replay.text_at(self._domain, i) for i in range(count))
+        return sum(len(text.tokens_T) for text in texts)
 
     def draw(self, recent_ratio: float) -> Text | None:
         """Return a text to learn from; None if there is none. Recent ones count like all."""

@@ -29,7 +29,7 @@ class SpecialistRules:
     rank: int = 8
     """Of the differences that are learned."""
     num_steps: int = 128
-    """Optimiser steps that one is trained for."""
+    """Optimiser steps that one is trained for, at most."""
     margin: float = 0.05
     """Acceptance by which a domain must lie below the others to get one."""
     keep_margin: float = 0.02

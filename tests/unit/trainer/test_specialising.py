@@ -67,7 +67,7 @@ async def rigged(target: Path, tmp_path: Path) -> AsyncIterator[Rig]:
     desk = Desk(registry, attendants)
     floor = await desk.change(lambda store: store.import_floor(draft))
     options = LearnerOptions(
-        str(draft), learning_rate=2e-2, batch_tokens=512, micro_tokens=256, held_out_every=2
+        str(draft), learning_rate=2e-2, batch_tokens=256, micro_tokens=256, held_out_every=2
     )
     cores = os.sched_getaffinity(0)
     spare = Spare(POLICIES["leftover-cores"](SpareRules()), len(cores), IdleCores(cores))
@@ -110,7 +110,7 @@ async def test_a_domain_gets_its_own_draft_keeps_it_and_loses_it(
         made = rig.registry.active("model:code")
         assert made is not None, rig.registry.records()
         assert (made.parent, made.rank, made.decisions[-1].reason) == (rig.floor, 8, "better")
-        assert made.num_samples > 50 and made.num_tokens >= 60 * 512
+        assert made.num_samples > 50 and made.num_tokens >= 60 * 256
         everything, code = made.scores
         assert (everything.domain, code.domain) == ("", "code")
         assert code.acceptance > code.incumbent_acceptance + 0.1

@@ -32,7 +32,7 @@ def replay(target: Path) -> ReplayBuffer:
     found = ReplayBuffer(64 << 20, held_out_every=4)
     vocab = load_model_config(target).vocab_size
     for domain, seed in (("a", 0), ("b", 9)):
-        for sample in samples_of(target, 48, domain=domain, seed=seed):
+        for sample in samples_of(target, 128, domain=domain, seed=seed):
             found.add(text_of(sample, vocab))
     return found
 
@@ -41,7 +41,7 @@ def specialist(
     draft: Path, replay: ReplayBuffer, out: Path, steps: int = 60, rank: int = 8
 ) -> Specialist:
     options = LearnerOptions(
-        str(draft), learning_rate=2e-2, batch_tokens=512, micro_tokens=256, held_out_every=4
+        str(draft), learning_rate=2e-2, batch_tokens=128, micro_tokens=128, held_out_every=4
     )
     return Specialist(Order(draft, "a", rank, steps, out), replay, options)
 
@@ -91,7 +91,7 @@ def test_it_drafts_its_domain_better_and_says_where_it_comes_from(
     assert not made.micro_step(time.monotonic() - 1), "there is no time"
     finish(made)
     assert not made.micro_step(time.monotonic() + 60)
-    assert made.num_steps == 60 and made.num_tokens >= 60 * 512
+    assert made.num_steps == 60 and made.num_tokens >= 60 * 128
     assert made.num_samples == replay.num_texts("a")
     made.export()
     card = json.loads((tmp_path / "made" / CARD).read_text())["specialist"]
@@ -101,6 +101,21 @@ def test_it_drafts_its_domain_better_and_says_where_it_comes_from(
     num_positions = sum(mine.num_positions for mine, _ in judged)
     gain = sum(mine.overlap - base.overlap for mine, base in judged) / num_positions
     assert gain > 0.1
+
+
+def test_little_to_learn_from_is_passed_over_a_few_times_only(
+    draft: Path, target: Path, tmp_path: Path
+) -> None:
+    few = ReplayBuffer(64 << 20, held_out_every=4)
+    for sample in samples_of(target, 32, domain="a"):
+        few.add(text_of(sample, load_model_config(target).vocab_size))
+    made = specialist(draft, few, tmp_path / "made")
+    finish(made)
+    num_tokens = 32 * few.num_texts("a")
+    assert made.num_steps == round(4 * num_tokens / 128) < 60
+    assert made.num_tokens == made.num_steps * 128
+    # With nothing at all it waits for something to come.
+    assert not specialist(draft, ReplayBuffer(1 << 20), tmp_path / "made").is_done
 
 
 def test_the_same_order_gives_the_same_draft(
@@ -117,7 +132,7 @@ def test_the_same_order_gives_the_same_draft(
 
 def test_it_meets_texts_of_its_domain_only(replay: ReplayBuffer) -> None:
     texts = OneDomain(replay, "b", seed=0)
-    drawn = [texts.draw(0.5) for _ in range(400)]
+    drawn = [texts.draw(0.5) for _ in range(4000)]
     assert {text.domain for text in drawn if text is not None} == {"b"}
     assert len({id(text) for text in drawn}) == replay.num_texts("b")
     held_out = {id(text) for text in replay.held_out("b")}
