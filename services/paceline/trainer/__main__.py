@@ -32,6 +32,7 @@ from paceline.process.metrics import Metrics, serve_metrics
 from paceline.process.sample_stream import SampleStream
 from paceline.rpc.server import create_server
 from paceline.trainer.attendants import Attendants
+from paceline.trainer.bank import Bank
 from paceline.trainer.conductor import Conductor
 from paceline.trainer.desk import Desk
 from paceline.trainer.heads_file import HeadsFile
@@ -46,6 +47,8 @@ from paceline.trainer.registry import Registry
 from paceline.trainer.server import SERVICE_NAME, DraftServicer
 from paceline.trainer.settings import TrainerSettings
 from paceline.trainer.spare import POLICIES, SpareRules
+from paceline.trainer.specialising import Specialising
+from paceline.trainer.specialists import SpecialistRules
 from paceline.trainer.training import Spare, Training
 from paceline.trainer.trials import TrialRules, Trials
 from paceline.v1 import drafts_pb2_grpc
@@ -78,13 +81,17 @@ async def serve(settings: TrainerSettings) -> int:
         floor = await desk.change(lambda store: store.import_floor(settings.floor))
         training = _training(settings, digest, home, metrics, stack)
         rules = TrialRules(steps=settings.candidate_steps)
-        is_tried = settings.learn == MODEL_DRAFTER
-        learned = training if is_tried else None
-        trials = Trials(desk, learned, home.directory / "candidates", metrics, rules)
-        if training is not None and not is_tried:
+        # Heads are no versions: workers that were started with the file draft with them.
+        tried = training if settings.learn == MODEL_DRAFTER else None
+        trials = Trials(desk, tried, home.directory / "candidates", metrics, rules)
+        if training is not None and tried is None:
             heads = HeadsFile(training, _heads_directory(home), settings.candidate_steps)
             tasks.spawn(heads.run(), "heads-file")
-        conductor = Conductor(attendants, trials, training, machine_name())
+        bank = Bank(desk, tried, home.directory / "candidates", metrics, rules)
+        specialising = _specialising(settings, desk, tried, bank, home)
+        conductor = Conductor(
+            attendants, trials, bank, training, machine_name(), specialising=specialising
+        )
         tasks.spawn(conductor.run(), "conductor", is_vital=True)
 
         servicer = DraftServicer(digest, desk, attendants, home.inbox, conductor.offer, metrics)
@@ -162,6 +169,19 @@ def _training(
 
 def _heads_directory(home: Home) -> Path:
     return home.directory / "heads"
+
+
+def _specialising(
+    settings: TrainerSettings, desk: Desk, training: Training | None, bank: Bank, home: Home
+) -> Specialising | None:
+    if training is None or not settings.specialists:
+        return None
+    rules = SpecialistRules(
+        max_specialists=settings.specialists,
+        rank=settings.specialist_rank,
+        num_steps=settings.specialist_steps,
+    )
+    return Specialising(desk, training, bank, home.directory / "candidates", rules)
 
 
 @dataclass(frozen=True, slots=True)

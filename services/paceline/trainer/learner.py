@@ -24,6 +24,7 @@ from paceline.trainer.first_sight import FirstSight, Pair
 from paceline.trainer.guard import Guard
 from paceline.trainer.guessing import GuessingModel
 from paceline.trainer.judging import judge
+from paceline.trainer.learnables import LEARNABLES
 from paceline.trainer.learner_options import LearnerOptions
 from paceline.trainer.losses import LOSSES
 from paceline.trainer.micro_batches import MicroBatches, Pace
@@ -247,8 +248,10 @@ class OnlineLearner:
         figures = asdict(self.counters)
         self._learnable.save(directory, {"format": 1, **(card or {}), "learned": figures})
 
-    def judging(self, incumbent: Path, candidate: Path | None = None) -> Iterator[Pair]:
-        """Yield every held-out text with (candidate, incumbent) on it, domain after domain.
+    def judging(
+        self, incumbent: Path, candidate: Path | None = None, domain: str = ""
+    ) -> Iterator[Pair]:
+        """Yield held-out texts, of a domain or all, with (candidate, incumbent) on each.
 
         The candidate is the draft as it is now, so nothing may be learned in between, unless a
         directory is given.
@@ -260,7 +263,8 @@ class OnlineLearner:
         load = self._learnable.load
         mine = self.model if candidate is None else load(candidate)
         other = load(incumbent)
-        texts = [text for domain in self.replay.domains for text in self.replay.held_out(domain)]
+        domains = [domain] if domain else self.replay.domains
+        texts = [text for name in domains for text in self.replay.held_out(name)]
         return ((text, (judge(mine, text), judge(other, text))) for text in texts)
 
     def reset(self, directory: Path) -> None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from typing import Protocol
 
 from paceline.trainer.positions import weighed
-from paceline.trainer.replay import ReplayBuffer
 from paceline.trainer.texts import Text
 
 LEAST_TOKENS = 16
@@ -48,6 +48,14 @@ class Pace:
         self._rate = min(_FIRST_RATE, self._rate * _HOPE)
 
 
+class TextSource(Protocol):
+    """Where texts come from: a replay buffer, or a part of one."""
+
+    def draw(self, recent_ratio: float) -> Text | None:
+        """Return a text to learn from; None if there is none."""
+        ...
+
+
 def lesson_of(text: Text) -> Text | None:
     """Return a text if it says anything."""
     return text if text.weights_T.any() else None
@@ -58,7 +66,7 @@ class MicroBatches:
 
     def __init__(
         self,
-        replay: ReplayBuffer,
+        replay: TextSource,
         positions: str,
         recent_ratio: float,
         lesson: Callable[[Text], Text | None] = lesson_of,

@@ -67,6 +67,10 @@ class ReplayBuffer:
         """Return the number of texts of a domain to learn from."""
         return self._shelves[domain].num_texts if domain in self._shelves else 0
 
+    def text_at(self, domain: str, index: int) -> Text:
+        """Return one of a domain's texts to learn from, older ones first."""
+        return self._shelves[domain].text_at(index)
+
     def held_out(self, domain: str) -> list[Text]:
         """Return the texts of a domain to judge on, oldest first."""
         return list(self._shelves[domain].held_out) if domain in self._shelves else []

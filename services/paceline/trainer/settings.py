@@ -7,6 +7,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from paceline.domain.drafts import MAX_DRAFTERS
 from paceline.process.settings import ServiceSettings
 
 
@@ -55,6 +56,14 @@ class TrainerSettings(ServiceSettings):
     control_share: float = Field(default=0.05, ge=0, lt=1)
     """Share of sequences that the version before the active one keeps, to compare with; 0 watches
     nothing."""
+    specialists: int = Field(default=0, ge=0, lt=MAX_DRAFTERS)
+    """Domains that may get drafts of their own at a time, trained from the one that everybody uses;
+    0 trains none. What engines draft with grows by each, and training shares its time with them."""
+    specialist_rank: int = Field(default=8, ge=1, le=256)
+    """Rank of what such a draft learns over the one that it is made from."""
+    specialist_steps: int = Field(default=128, ge=1)
+    """Optimiser steps that such a draft is trained for; fewer where its samples would be met more
+    than 4 times."""
     drain_grace_s: float = Field(default=5.0, ge=0)
     """Seconds that running calls get on SIGTERM."""
 
