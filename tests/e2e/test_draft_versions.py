@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from paceline.cli.status import fetch_status
 from paceline.v1.inference_pb2 import SpeculationParams
 from tests.checkpoints import DEMO
 from tests.e2e.client import Answer, Client, greedy
@@ -110,3 +111,32 @@ async def test_serving_outlives_the_trainer_which_comes_back(
     (offered,) = [record for record in draft(platform, "list") if not record["is_floor"]]
     draft(platform, "pin", offered["version"])
     await until_drafted_with(platform, offered["version"], plain)
+
+
+async def test_a_draft_for_one_domain_comes_beside_the_others_and_goes(
+    platform: Platform, tmp_path: Path
+) -> None:
+    plain = await asked(platform, mode="OFF")
+    directory = tmp_path / "draft"
+    shutil.copytree(DEMO / "draft", directory)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "made_for": "code"}))
+    general = [r for r in draft(platform, "list", "--drafter", "model") if r["stage"] == "active"]
+    member = draft(platform, "offer", str(directory), "--drafter", "model:code", "--force")
+    assert (member["drafter"], member["stage"]) == ("model:code", "active")
+
+    def held_by() -> list[bool]:
+        members = fetch_status(platform.http)["members"]
+        return ["model:code" in m["drafters"] for m in members if m["role"] == "decode"]
+
+    until_sync(lambda: held_by() == [True, True], 30)
+    answer = await asked(platform, mode="model:code")
+    assert answer.ids == plain.ids and answer.text == plain.text
+    assert answer.usage[0].draft_version == member["version"]
+    assert [r["version"] for r in general] == [
+        r["version"]
+        for r in draft(platform, "list", "--drafter", "model")
+        if r["stage"] == "active"
+    ], "nothing was displaced"
+    draft(platform, "remove", "model:code")
+    until_sync(lambda: held_by() == [False, False], 30)

@@ -18,7 +18,7 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 KERNELS_VARIABLE = "PACELINE_KERNELS"
-_INTERFACE = 4
+_INTERFACE = 5
 _PATH = Path(__file__).parent / "libpaceline_cpu.so"
 
 F32, BF16, I8, F16 = range(4)
@@ -148,6 +148,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     ),
     "pl_draw": (None, [POINTER(DrawCall)]),
     "pl_candidates": (None, [POINTER(CandidatesCall)]),
+    "pl_likeliest": (None, [c_void_p, c_int64, c_char_p, c_int64, c_int64, c_void_p]),
     "pl_decoder_new": (c_void_p, [POINTER(DecoderConfig)]),
     "pl_decoder_free": (None, [c_void_p]),
     "pl_decoder_layer": (

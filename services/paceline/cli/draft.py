@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import typer
 
-from paceline.cli.draft_versions import list_drafts, offer, pin, rollback, show, unpin
+from paceline.cli.draft_versions import list_drafts, offer, pin, remove, rollback, show, unpin
 from paceline.cli.errors import CommandError, leave
 from paceline.cli.fleet_plan import with_threads
 from paceline.domain.errors import InvalidRequestError
@@ -43,6 +43,7 @@ draft.command()(rollback)
 draft.command()(pin)
 draft.command()(unpin)
 draft.command()(offer)
+draft.command()(remove)
 
 
 @draft.command()

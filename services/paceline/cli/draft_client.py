@@ -49,6 +49,11 @@ class DraftClient:
         request = drafts_pb2.PinDraftRequest(drafter=drafter, version=version)
         return await self._record(self._stub.PinDraft, request)
 
+    async def remove(self, drafter: str) -> DraftRecord:
+        """Take a drafter out of the bank; return the version that was active."""
+        request = drafts_pb2.RemoveDrafterRequest(drafter=drafter)
+        return await self._record(self._stub.RemoveDrafter, request)
+
     async def offer(self, paths: Sequence[Path], drafter: str, is_forced: bool) -> DraftRecord:
         """Send a checkpoint's files; return its record.
 

@@ -1,4 +1,4 @@
-"""`paceline draft list|show|rollback|pin|unpin|offer`: the versions that a trainer looks after.
+"""`paceline draft list|show|rollback|pin|unpin|offer|remove`: versions that a trainer looks after.
 
 The trainer is found through the gateway's status page, or named. cli/draft.py has the group.
 """
@@ -103,6 +103,16 @@ def unpin(
 ) -> None:
     """Let training exchange the version in use again."""
     _report(_ask("unpin", endpoint, gateway, lambda client: client.pin(drafter, "")), as_json)
+
+
+def remove(
+    drafter: Annotated[str, typer.Argument(metavar="NAME", help="model:NAME, one of a bank.")],
+    endpoint: _Endpoint = None,
+    gateway: _Gateway = DEFAULT_GATEWAY,
+    as_json: _AsJson = False,
+) -> None:
+    """Take a drafter out of the bank: nobody drafts with any version of it."""
+    _report(_ask("remove", endpoint, gateway, lambda client: client.remove(drafter)), as_json)
 
 
 def offer(
@@ -220,6 +230,7 @@ def _page(record: DraftRecord) -> RenderableType:
         f"number {record.number}, made {_time(record.created_s)}, {record.num_bytes} bytes, "
         f"from {record.parent or 'nothing'} "
         f"with {record.num_tokens} tokens of {record.num_samples} samples"
+        + (f", by differences of rank {record.rank}" if record.rank else "")
     )
     parts: list[RenderableType] = [Text(head)]
     if record.scores:

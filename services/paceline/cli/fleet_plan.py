@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from paceline.cli.child import ChildSpec
-from paceline.domain.drafts import MODEL_DRAFTER
+from paceline.domain.drafts import MEDUSA_DRAFTER, MODEL_DRAFTER
 from paceline.process.lifecycle import EXIT_WITH_PARENT_VAR
 
 GATEWAY_ID = "gateway-0"
@@ -60,6 +60,8 @@ class PlatformOptions:
     has_trainer: bool | None = None
     """Whether there is a trainer; None has one if there is a draft for it to look after."""
     draft_registry: Path | None = None
+    learn: str | None = None
+    """What the trainer's learner trains: model or medusa."""
     arena_mb: int | None = None
     kv_transport: str | None = None
     log_level: str | None = None
@@ -131,6 +133,7 @@ def plan_fleet(
         "drafters": options.drafters,
         "verifier": options.verifier,
         "deepen": options.deepen,
+        "capture-hidden": options.learn == MEDUSA_DRAFTER or None,
     }
     workers = tuple(
         ChildSpec(
@@ -150,6 +153,7 @@ def plan_fleet(
         "model": options.model,
         "draft": options.draft,
         "draft-registry": options.draft_registry,
+        "learn": options.learn,
         **shared,
     }
     trainer = ChildSpec(
@@ -212,6 +216,8 @@ def _grace_s(options: PlatformOptions, default_s: float) -> float:
 def _command(module: str, flags: Mapping[str, object]) -> tuple[str, ...]:
     argv = [sys.executable, "-m", module]
     for name, value in flags.items():
-        if value is not None:
+        if value is True:
+            argv.append(f"--{name}")
+        elif value is not None:
             argv += [f"--{name}", str(value)]
     return tuple(argv)

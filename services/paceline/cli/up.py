@@ -12,6 +12,7 @@ import paceline
 from paceline.cli.errors import CommandError, leave
 from paceline.cli.fleet_plan import PlatformOptions, has_draft
 from paceline.cli.launch import LaunchOptions, run_platform
+from paceline.domain.drafts import MEDUSA_DRAFTER, MODEL_DRAFTER
 from paceline.process.lifecycle import exit_with_parent
 from paceline.process.logs import setup_logging
 
@@ -137,6 +138,15 @@ def up(
             rich_help_panel=_SPECULATION,
         ),
     ] = None,
+    learn: Annotated[
+        str | None,
+        typer.Option(
+            help="What the trainer trains: model, or medusa (heads, written beside the versions).",
+            envvar="PACELINE_LEARN",
+            show_default=False,
+            rich_help_panel=_SPECULATION,
+        ),
+    ] = None,
     deepen: Annotated[
         int | None,
         typer.Option(
@@ -214,11 +224,14 @@ def up(
             deepen=deepen,
             has_trainer=trainer,
             draft_registry=draft_registry,
+            learn=find_learned(learn),
             arena_mb=arena_mb,
             kv_transport=kv_transport,
             log_level=log_level,
             drain_grace_s=drain_grace_s,
         )
+        if learn == MEDUSA_DRAFTER and not (trainer is not False and has_draft(options)):
+            raise CommandError("--learn medusa: there is no trainer without a draft model")
         if trainer and not has_draft(options):
             raise CommandError("--trainer: there is no draft; make one with paceline draft create")
         for path in (ready_file, api_keys):
@@ -247,6 +260,17 @@ def find_model(model: Path | None) -> Path:
         if (demo / "config.json").is_file():
             return demo
     raise CommandError("no models/demo here; name a checkpoint directory with --model")
+
+
+def find_learned(learn: str | None) -> str | None:
+    """Return what was named.
+
+    Raises:
+        CommandError: nothing of that name can learn.
+    """
+    if learn in (None, MODEL_DRAFTER, MEDUSA_DRAFTER):
+        return learn
+    raise CommandError(f"--learn: {learn!r} is neither {MODEL_DRAFTER} nor {MEDUSA_DRAFTER}")
 
 
 def find_draft(draft: str | None) -> str | None:

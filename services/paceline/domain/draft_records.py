@@ -84,6 +84,8 @@ class DraftRecord:
     """Samples it learned from, those of its ancestors not counted."""
     num_tokens: int = 0
     """Captured tokens in them."""
+    rank: int = 0
+    """Of what it learned over its parent, matrix by matrix; 0 where all weights were learned."""
     scores: tuple[DraftScore, ...] = ()
     """All domains together first."""
     decisions: tuple[DraftDecision, ...] = ()

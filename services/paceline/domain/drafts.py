@@ -6,10 +6,33 @@ answers with its DraftState.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 MODEL_DRAFTER = "model"
 """The drafting model that everybody may use; others of a bank are "model:NAME"."""
+MEDUSA_DRAFTER = "medusa"
+"""Heads on the target's hidden states; they have no versions."""
+
+MAX_DRAFTERS = 8
+"""Names that models can draft under at a time; each is an arm or two of an engine's controller."""
+
+_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def is_label(text: str) -> bool:
+    """Tell whether a bank's member may be named so: other texts would not do in names of arms."""
+    return _LABEL.fullmatch(text) is not None
+
+
+def member_name(label: str) -> str:
+    """Return the name of a bank's member for a domain or tenant."""
+    return f"{MODEL_DRAFTER}:{label}"
+
+
+def label_of(drafter: str) -> str:
+    """Return what a member of a bank is for; empty for the one that everybody may use."""
+    return drafter.partition(":")[2]
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from paceline_kernels import (
 from paceline_kernels.cpu.candidates import find_candidates
 from paceline_kernels.cpu.decoder import DecoderShape, FusedDecoder, LayerTensors
 from paceline_kernels.cpu.library import backend, build_id, library, set_threads, threads
+from paceline_kernels.cpu.likeliest import Likeliest, likeliest
 from paceline_kernels.cpu.ops import PackedLinear
 from paceline_kernels.cpu.sampling import DrawRow, draw
 
@@ -34,6 +35,7 @@ __all__ = [
     "DrawRow",
     "FusedDecoder",
     "LayerTensors",
+    "Likeliest",
     "PackedLinear",
     "QuantisedWeight",
     "backend",
@@ -43,6 +45,7 @@ __all__ = [
     "gumbel_noise",
     "gumbel_noise_at",
     "has_cpp_kernels",
+    "likeliest",
     "linear",
     "move_kv",
     "paged_attention",

@@ -9,12 +9,11 @@ E hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from paceline.engine.kernels import DrawRow, draw, has_cpp_kernels
+from paceline.engine.kernels import Likeliest, has_cpp_kernels, likeliest
 from paceline.engine.step import Captured, RowResult, StepPlan
 
 
@@ -52,53 +51,44 @@ def record(
     added = list(results)
     if not recorded:
         return added
-    found = likeliest(logits_MV[torch.tensor(places)], plan.captured.top)
+    top = plan.captured.top
+    found = name_likeliest(logits_MV, places, top)
     hidden_PE = None
     if plan.captured.hidden:
         hidden_PE = hidden(torch.tensor(tokens)).to(torch.float16).numpy()
     begin = 0
     for i in recorded:
-        rows = slice(begin, begin + len(results[i].tokens))
-        begin = rows.stop
+        result = results[i]
+        end = begin + len(result.tokens)
         captured = Captured(
-            num_tokens=len(results[i].tokens),
-            top_ids=found.ids_PK[rows].tobytes(),
-            top_probs=found.probs_PK[rows].tobytes(),
-            tail_mass=found.tail_P[rows].tobytes(),
-            hidden=b"" if hidden_PE is None else hidden_PE[rows].tobytes(),
+            num_tokens=end - begin,
+            top_ids=found.ids_PK[4 * top * begin : 4 * top * end],
+            top_probs=found.probs_PK[2 * top * begin : 2 * top * end],
+            tail_mass=found.tail_P[2 * begin : 2 * end],
+            hidden=b"" if hidden_PE is None else hidden_PE[begin:end].tobytes(),
         )
-        added[i] = replace(results[i], captured=captured)
+        # In less than half the time of `replace`.
+        added[i] = RowResult(
+            result.tokens, result.path, result.successors, result.hidden_E, captured
+        )
+        begin = end
     return added
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Likeliest:
-    """The likeliest tokens of some distributions, best first."""
+def name_likeliest(logits_MV: torch.Tensor, places: Sequence[int], top: int) -> Likeliest:
+    """Name the K = `top` likeliest tokens at temperature 1 of P rows; `top` is at most V.
 
-    ids_PK: np.ndarray
-    """int32"""
-    probs_PK: np.ndarray
-    """float16"""
-    tail_P: np.ndarray
-    """float16, mass of all others."""
-
-
-def likeliest(logits_PV: torch.Tensor, top: int) -> Likeliest:
-    """Return the K = `top` likeliest tokens at temperature 1; `top` is at most V.
-
-    The kernel that draws reports them of a row in a third to a half of the time that topk and
-    logsumexp take: 27 against 64 us of 8,192 tokens, 170 against 530 us of 151,936.
+    For a row of 8,192 tokens the kernel takes 6 us and torch 64; of 49,152, 16 and 216 us.
     """
     if has_cpp_kernels():
-        row = DrawRow(0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, 0, 0, 0, top)
-        drawn = draw(logits_PV, [row] * len(logits_PV))
-        ids_PK = np.array(drawn.best_tokens_RK, dtype=np.int32)
-        probs_PK = np.exp(np.array(drawn.best_logprobs_RK, dtype=np.float32))
-    else:
-        best = logits_PV.topk(top, dim=-1)
-        logprobs_PK = best.values - logits_PV.logsumexp(dim=-1, keepdim=True)
-        ids_PK = best.indices.to(torch.int32).numpy()
-        probs_PK = logprobs_PK.exp().numpy()
+        return likeliest(logits_MV, places, top)
+    logits_PV = logits_MV[torch.tensor(places)]
+    best = logits_PV.topk(top, dim=-1)
+    probs_PK = (best.values - logits_PV.logsumexp(dim=-1, keepdim=True)).exp().numpy()
     # Rounding can bring the sum above 1.
     tail_P = np.maximum(0.0, 1.0 - probs_PK.sum(axis=-1))
-    return Likeliest(ids_PK.astype("<i4"), probs_PK.astype("<f2"), tail_P.astype("<f2"))
+    return Likeliest(
+        best.indices.numpy().astype("<i4").tobytes(),
+        probs_PK.astype("<f2").tobytes(),
+        tail_P.astype("<f2").tobytes(),
+    )

@@ -95,9 +95,9 @@ class Runner:
                 if plan.wanted.hidden:
                     results = self._with_hidden(plan.rows, results, x_NE)
                 if plan.captured.sequence_ids:
-                    begun = time.perf_counter()
+                    begun_s = time.thread_time()
                     results = record(plan, results, logits_MV, partial(self._model.hidden, x_NE))
-                    capture_s = time.perf_counter() - begun
+                    capture_s = time.thread_time() - begun_s
         elapsed_s = time.perf_counter() - started
         return StepResult(tuple(results), elapsed_s, frozenset(failed), capture_s)
 

@@ -149,4 +149,4 @@ class StepResult:
     failed_rows: frozenset[int] = frozenset()
     """Positions of rows whose numbers are not finite; what they computed must not be used."""
     capture_s: float = 0.0
-    """Part of the time that recording for `captured` took."""
+    """Processor time that recording for `captured` took."""

@@ -31,6 +31,7 @@ def record_to_proto(record: DraftRecord) -> drafts_pb2.DraftRecord:
         num_bytes=record.num_bytes,
         num_samples=record.num_samples,
         num_tokens=record.num_tokens,
+        rank=record.rank,
         scores=[_score_to_proto(score) for score in record.scores],
         decisions=[_decision_to_proto(decision) for decision in record.decisions],
     )
@@ -55,6 +56,7 @@ def record_from_proto(message: drafts_pb2.DraftRecord) -> DraftRecord:
         num_bytes=message.num_bytes,
         num_samples=message.num_samples,
         num_tokens=message.num_tokens,
+        rank=message.rank,
         scores=tuple(map(_score_from_proto, message.scores)),
         decisions=tuple(map(_decision_from_proto, message.decisions)),
     )

@@ -20,7 +20,7 @@ import grpc
 
 from paceline import __version__
 from paceline.domain.directories import state_directory
-from paceline.domain.drafts import DraftEntry
+from paceline.domain.drafts import MODEL_DRAFTER, DraftEntry
 from paceline.domain.errors import PacelineError, PreconditionError, UnavailableError
 from paceline.domain.member import Member, Role
 from paceline.engine.checkpoint_files import model_digest
@@ -32,15 +32,23 @@ from paceline.process.metrics import Metrics, serve_metrics
 from paceline.process.sample_stream import SampleStream
 from paceline.rpc.server import create_server
 from paceline.trainer.attendants import Attendants
+from paceline.trainer.bank import Bank
 from paceline.trainer.conductor import Conductor
 from paceline.trainer.desk import Desk
+from paceline.trainer.heads_file import HeadsFile
 from paceline.trainer.idle_cores import IdleCores
-from paceline.trainer.learner_options import LearnerOptions
+from paceline.trainer.learner_options import (
+    HEADS_BATCH_TOKENS,
+    MODEL_BATCH_TOKENS,
+    LearnerOptions,
+)
 from paceline.trainer.offers import Inbox
 from paceline.trainer.registry import Registry
 from paceline.trainer.server import SERVICE_NAME, DraftServicer
 from paceline.trainer.settings import TrainerSettings
 from paceline.trainer.spare import POLICIES, SpareRules
+from paceline.trainer.specialising import Specialising
+from paceline.trainer.specialists import SpecialistRules
 from paceline.trainer.training import Spare, Training
 from paceline.trainer.trials import TrialRules, Trials
 from paceline.v1 import drafts_pb2_grpc
@@ -73,8 +81,17 @@ async def serve(settings: TrainerSettings) -> int:
         floor = await desk.change(lambda store: store.import_floor(settings.floor))
         training = _training(settings, digest, home, metrics, stack)
         rules = TrialRules(steps=settings.candidate_steps)
-        trials = Trials(desk, training, home.directory / "candidates", metrics, rules)
-        conductor = Conductor(attendants, trials, training, machine_name())
+        # Heads are no versions: workers that were started with the file draft with them.
+        tried = training if settings.learn == MODEL_DRAFTER else None
+        trials = Trials(desk, tried, home.directory / "candidates", metrics, rules)
+        if training is not None and tried is None:
+            heads = HeadsFile(training, _heads_directory(home), settings.candidate_steps)
+            tasks.spawn(heads.run(), "heads-file")
+        bank = Bank(desk, tried, home.directory / "candidates", metrics, rules)
+        specialising = _specialising(settings, desk, tried, bank, home)
+        conductor = Conductor(
+            attendants, trials, bank, training, machine_name(), specialising=specialising
+        )
         tasks.spawn(conductor.run(), "conductor", is_vital=True)
 
         servicer = DraftServicer(digest, desk, attendants, home.inbox, conductor.offer, metrics)
@@ -124,15 +141,22 @@ def _training(
     stack.push_async_callback(stream.close)
     cores = os.sched_getaffinity(0)
     spare = Spare(POLICIES[settings.spare](SpareRules()), len(cores), IdleCores(cores))
+    is_model = settings.learn == MODEL_DRAFTER
     options = LearnerOptions(
-        draft=str(settings.floor),
-        state=str(home.directory / "learner"),
+        draft=str(settings.floor) if is_model else "",
+        state=str(home.directory / ("learner" if is_model else f"learner-{settings.learn}")),
+        drafter=settings.learn,
+        target=str(settings.model),
         loss=settings.loss,
         positions=settings.positions,
         learning_rate=settings.learning_rate,
+        batch_tokens=MODEL_BATCH_TOKENS if is_model else HEADS_BATCH_TOKENS,
     )
 
     def active_draft() -> str:
+        if not is_model:
+            heads = _heads_directory(home)
+            return str(heads) if (heads / "config.json").is_file() else ""
         active = home.registry.active()
         if active is None:
             return str(settings.floor)
@@ -141,6 +165,23 @@ def _training(
     return Training(
         options, stream, spare, metrics, get_draft=active_draft, log_level=settings.log_level
     )
+
+
+def _heads_directory(home: Home) -> Path:
+    return home.directory / "heads"
+
+
+def _specialising(
+    settings: TrainerSettings, desk: Desk, training: Training | None, bank: Bank, home: Home
+) -> Specialising | None:
+    if training is None or not settings.specialists:
+        return None
+    rules = SpecialistRules(
+        max_specialists=settings.specialists,
+        rank=settings.specialist_rank,
+        num_steps=settings.specialist_steps,
+    )
+    return Specialising(desk, training, bank, home.directory / "candidates", rules)
 
 
 @dataclass(frozen=True, slots=True)

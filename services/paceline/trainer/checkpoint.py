@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +130,7 @@ def save_draft(
     Raises:
         OSError: it cannot be written; nothing is left behind.
     """
-    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
+    with whole(out) as staging:
         tensors = {name: tensor.to(model.weight_dtype) for name, tensor in model.named_parameters()}
         write_tensors(staging / "model.safetensors", tensors)
         write_json(
@@ -141,6 +141,20 @@ def save_draft(
         for name in (*TOKENIZER_FILES, *generation):
             if (target / name).is_file():
                 shutil.copyfile(target / name, staging / name)
+
+
+@contextmanager
+def whole(out: Path) -> Iterator[Path]:
+    """Yield a directory to fill; at the end it takes the place of `out`, or nothing is left of it.
+
+    Files of an `out` that is there and are not written anew stay.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        yield staging
         # It is made for its owner only.
         staging.chmod(0o755)
         _replace(staging, out)

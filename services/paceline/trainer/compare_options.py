@@ -23,6 +23,8 @@ class RecordOptions:
     """Of the answers, in turn."""
     max_tokens: int = 128
     """Generated for each prompt."""
+    has_hidden: bool = False
+    """Whether samples have the target's hidden states, for heads to learn from."""
     dtype: str = "f32"
     threads: int = 1
     seed: int = 0
@@ -37,6 +39,14 @@ class CompareOptions:
     """File of samples in the order of time."""
     draft: str
     """Directory of the draft that each way starts from."""
+    drafters: tuple[str, ...] = ("model",)
+    """Kinds of draft that learn (learnables.py)."""
+    target: str = ""
+    """Directory of the target; heads need it."""
+    heads: str = ""
+    """Directory of the heads to start from; empty starts with ones that have learned nothing."""
+    depth: int = 4
+    """Tokens of the chains that are judged; as many heads are new."""
     losses: tuple[str, ...] = ("lk",)
     positions: tuple[str, ...] = ("all",)
     learning_rates: tuple[float, ...] = (2e-4,)
@@ -45,6 +55,11 @@ class CompareOptions:
     all of it."""
     learned_ratio: float = 2.0
     """Tokens learned from for every token that arrives."""
+    seconds: float | None = None
+    """Training time of each way on the processor, spread over the stream, whatever number of
+    tokens that makes; None goes by `learned_ratio`."""
+    batch_tokens: int | None = None
+    """Tokens behind one optimiser step; None takes what is usual for each kind of draft."""
     threads: int = 1
     seed: int = 0
     is_quiet: bool = False

@@ -18,6 +18,8 @@ class Counters:
     """That were fed and sound."""
     num_corrupt: int = 0
     """That were fed and dropped."""
+    num_left_out: int = 0
+    """That were fed, sound, and lack what the draft learns from."""
     num_skipped: int = 0
     """Batches dropped for a loss or gradient that was not finite."""
     num_restored: int = 0

@@ -12,7 +12,7 @@ D head size, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from paceline.engine.models.config import ModelConfig, rope_frequencies
+from paceline.trainer.guessing import Guesses, GuessingModel
+from paceline.trainer.texts import Batch, Text, pack_tightly
 
 _INIT_STD = 0.02
 
@@ -64,7 +66,7 @@ class DraftShape:
         return hidden * (ends * self.vocab_size + 1) + self.num_layers * layer
 
 
-class DraftModel(nn.Module):
+class DraftModel(GuessingModel):
     """A decoder of the Llama family (Touvron et al. 2023)."""
 
     def __init__(self, shape: DraftShape) -> None:
@@ -103,6 +105,30 @@ class DraftModel(nn.Module):
         tied = self.shape.tie_embeddings
         head = self.model.embed_tokens.weight if tied else self.lm_head.weight
         return F.linear(hidden, head)
+
+    def learned_logits(self, batch: Batch) -> torch.Tensor:
+        """Return the logits at the positions to learn from, [N, V]."""
+        hidden = self(batch.tokens_BR, batch.positions_BR, batch.visible_BRR)
+        return self.logits(hidden.flatten(0, 1)[batch.learned_N])
+
+    def guesses(self, texts: Sequence[Text]) -> Iterator[Guesses]:
+        """Yield the guess of the next token at every position that counts."""
+        batch = pack_tightly(texts)
+        if len(batch.learned_N):
+            yield Guesses(self.learned_logits(batch), batch.target, batch.weights_N)
+
+    def chain_matches(self, text: Text, depth: int) -> torch.Tensor:
+        """Tell of each root which of the next tokens the draft would have said, bool [R, D].
+
+        distribution of token    0 1 2 3 4 ...     of the captured ones
+        root 0, depths 1, 2        ^ ^
+        root 1                       ^ ^
+        """
+        for guesses in self.guesses([text]):
+            is_right_N = guesses.logits_NV.argmax(-1) == guesses.target.drawn_N
+            if len(is_right_N) > depth:
+                return is_right_N.unfold(0, depth, 1)[1:]
+        return torch.zeros(0, depth, dtype=torch.bool)
 
 
 class _Body(nn.Module):

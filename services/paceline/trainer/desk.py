@@ -37,6 +37,7 @@ class DraftStore(Protocol):
         parent: str,
         num_samples: int,
         num_tokens: int,
+        rank: int = 0,
     ) -> DraftRecord:
         """Take a copy of a checkpoint as a candidate."""
         ...
@@ -62,6 +63,14 @@ class DraftStore(Protocol):
 
     def unpin(self, drafter: str) -> DraftRecord:
         """Let the active version be exchanged again."""
+        ...
+
+    def remove(self, drafter: str) -> DraftRecord:
+        """Give a member of the bank up."""
+        ...
+
+    def check_room(self, drafter: str) -> None:
+        """Refuse a drafter that would be one too many."""
         ...
 
     def get(self, prefix: str) -> DraftRecord:

@@ -9,10 +9,10 @@ wait here; gate.py reads the scores.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
-from paceline.trainer.checkpoint import load_draft
-from paceline.trainer.decoder import DraftModel
+from paceline.trainer.guessing import GuessingModel
 from paceline.trainer.judging import Judged, judge
 from paceline.trainer.texts import Text
 
@@ -27,10 +27,11 @@ Pair = tuple[Text, tuple[Judged, Judged]]
 class FirstSight:
     """Texts that wait to be judged, and what came of those before."""
 
-    def __init__(self, incumbent: Path) -> None:
-        """Compare with the draft of a directory."""
+    def __init__(self, incumbent: Path, load: Callable[[Path], GuessingModel]) -> None:
+        """Compare with the draft of a directory, which `load` reads."""
         self._directory = incumbent
-        self._incumbent: DraftModel | None = None
+        self._load = load
+        self._incumbent: GuessingModel | None = None
         self._waiting: deque[Text] = deque()
         self._pairs: deque[Pair] = deque(maxlen=_MAX_SCORES)
 
@@ -44,14 +45,14 @@ class FirstSight:
         self._waiting.append(text)
         return self._waiting.popleft() if len(self._waiting) > _MAX_WAITING else None
 
-    def judge_next(self, model: DraftModel) -> Text:
+    def judge_next(self, model: GuessingModel) -> Text:
         """Score the text that waits longest and return it: it may be learned from now.
 
         Raises:
             UnsupportedModelError: the incumbent cannot be loaded.
         """
         if self._incumbent is None:
-            self._incumbent = load_draft(self._directory)
+            self._incumbent = self._load(self._directory)
         text = self._waiting.popleft()
         pair = judge(model, text), judge(self._incumbent, text)
         if pair[0].num_positions:

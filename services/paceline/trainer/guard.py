@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from statistics import median
 
 import torch
-
-from paceline.trainer.decoder import DraftModel
+from torch import nn
 
 _HISTORY = 64
 """Steps whose losses the median is of."""
@@ -26,7 +25,7 @@ _SLICE_ELEMENTS = 1 << 20
 class Guard:
     """Watches one model."""
 
-    def __init__(self, model: DraftModel, spike_ratio: float, spike_steps: int) -> None:
+    def __init__(self, model: nn.Module, spike_ratio: float, spike_steps: int) -> None:
         self._model = model
         self._spike_ratio = spike_ratio
         self._spike_steps = spike_steps

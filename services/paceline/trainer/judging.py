@@ -13,9 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from paceline.trainer.decoder import DraftModel
-from paceline.trainer.texts import Text, pack
-from paceline.trainer.train import learned_logits
+from paceline.trainer.guessing import GuessingModel
+from paceline.trainer.texts import Text
 
 _LEAST = 1e-6
 """Probability of a token that has none, for powers."""
@@ -40,20 +39,19 @@ class Judged:
 
 
 @torch.no_grad()
-def judge(model: DraftModel, text: Text) -> Judged:
-    """Return what a draft would have had accepted along a text."""
-    batch = pack([[text]], len(text.tokens_T))
-    if not len(batch.learned_N):
-        return Judged(0, 0, 0.0, text.temperature)
-    logits_NV = learned_logits(model, batch)
-    ids_NK, probs_NK = batch.target.token_ids_NK, batch.target.probs_NK
+def judge(model: GuessingModel, text: Text) -> Judged:
+    """Return what a draft would have had accepted along a text, over all that it guesses."""
+    num_positions, num_agreed, overlap = 0, 0, 0.0
     temperature = text.temperature or 1.0
-    p_NK = tempered(probs_NK, temperature)
-    q_NK = (logits_NV / temperature).softmax(-1).gather(-1, ids_NK)
-    # Likeliest first, so column 0 is the target's own choice.
-    num_agreed = int((logits_NV.argmax(-1) == ids_NK[:, 0]).sum())
-    overlap = float(torch.minimum(p_NK, q_NK).sum())
-    return Judged(len(ids_NK), num_agreed, overlap, text.temperature)
+    for guesses in model.guesses([text]):
+        logits_NV, ids_NK = guesses.logits_NV, guesses.target.token_ids_NK
+        p_NK = tempered(guesses.target.probs_NK, temperature)
+        q_NK = (logits_NV / temperature).softmax(-1).gather(-1, ids_NK)
+        num_positions += len(ids_NK)
+        # Likeliest first, so column 0 is the target's own choice.
+        num_agreed += int((logits_NV.argmax(-1) == ids_NK[:, 0]).sum())
+        overlap += float(torch.minimum(p_NK, q_NK).sum())
+    return Judged(num_positions, num_agreed, overlap, text.temperature)
 
 
 def tempered(probs_NK: torch.Tensor, temperature: float) -> torch.Tensor:

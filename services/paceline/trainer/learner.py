@@ -1,4 +1,4 @@
-"""Learns from live traffic in micro-steps: a draft, its optimiser, what it has seen.
+"""Learns from live traffic in micro-steps: a draft of any kind, its optimiser, what it has seen.
 
 A micro-step is one forward and backward over a few texts, or a part of an optimiser step; each
 lasts as long as it was given, so whoever holds this can stop between two (learner_process.py).
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,21 +18,19 @@ from typing import Any
 import torch
 
 from paceline.domain.learnings import Sample
-from paceline.engine.models.config import UnsupportedModelError, load_model_config
-from paceline.trainer.checkpoint import load_draft, save_draft
 from paceline.trainer.counters import Counters
 from paceline.trainer.domains import Domains
 from paceline.trainer.first_sight import FirstSight, Pair
 from paceline.trainer.guard import Guard
+from paceline.trainer.guessing import GuessingModel
 from paceline.trainer.judging import judge
+from paceline.trainer.learnables import LEARNABLES
 from paceline.trainer.learner_options import LearnerOptions
 from paceline.trainer.losses import LOSSES
 from paceline.trainer.micro_batches import MicroBatches, Pace
 from paceline.trainer.replay import OTHER, ReplayBuffer
-from paceline.trainer.samples import text_of
 from paceline.trainer.sliced_adamw import NotFiniteError, SlicedAdamW
-from paceline.trainer.texts import Batch, Text
-from paceline.trainer.train import learned_logits
+from paceline.trainer.texts import Text
 
 logger = logging.getLogger(__name__)
 
@@ -52,20 +50,22 @@ class OnlineLearner:
 
         Raises:
             UnsupportedModelError: it cannot be trained.
-            KeyError: there is no such loss or choice of positions.
+            KeyError: there is no such drafter, loss or choice of positions.
         """
         self.options = options
         self.counters = Counters()
-        self.model = load_draft(Path(options.draft))
+        self._learnable = LEARNABLES[options.drafter](options)
+        self.model: GuessingModel = self._learnable.model
         self.replay = ReplayBuffer(
             options.replay_bytes, seed=options.seed, held_out_every=options.held_out_every
         )
-        self.first_sight = FirstSight(Path(options.draft))
-        self._source = Path(options.draft)
+        self.first_sight = FirstSight(Path(options.draft), self._learnable.load)
         self._monotonic = monotonic
         self._loss = LOSSES[options.loss]
         self._domains = Domains()
-        self._batches = MicroBatches(self.replay, options.positions, options.recent_ratio)
+        self._batches = MicroBatches(
+            self.replay, options.positions, options.recent_ratio, self._learnable.lesson
+        )
         self._optimiser = SlicedAdamW(self.model, options.weight_decay, options.max_grad_norm)
         self._guard = Guard(self.model, options.spike_ratio, options.spike_steps)
         self._pace = Pace()
@@ -78,16 +78,22 @@ class OnlineLearner:
     # -- traffic --------------------------------------------------------------------------
 
     def feed(self, sample: Sample) -> None:
-        """Take a sample in.
+        """Take a sample in; one that lacks what this draft learns from is counted and left out.
 
         Raises:
             ValueError: it is corrupt, and counted; says how.
         """
         try:
-            text = text_of(sample, self.model.shape.vocab_size)
+            text = self.text(sample)
         except ValueError:
             self.counters.num_corrupt += 1
             raise
+        if text is None:
+            if not self.counters.num_left_out:
+                fields = {"drafter": self.options.drafter}
+                logger.warning("sample-without-hidden-states", extra={"fields": fields})
+            self.counters.num_left_out += 1
+            return
         if not text.domain:
             text = replace(text, domain=self._domains.name(sample))
         if self.replay.is_held_out(text):
@@ -104,6 +110,14 @@ class OnlineLearner:
         if domain not in by_domain and len(by_domain) >= _MAX_COUNTED:
             domain = OTHER
         by_domain[domain] = by_domain.get(domain, 0) + 1
+
+    def text(self, sample: Sample) -> Text | None:
+        """Return a sample as this draft learns from it; None if it lacks what that needs.
+
+        Raises:
+            ValueError: it is corrupt; says how.
+        """
+        return self._learnable.text(sample)
 
     def _release(self, text: Text) -> None:
         """Let a text be learned from."""
@@ -146,29 +160,31 @@ class OnlineLearner:
         if num_tokens == 0:
             self._pace.hope()
             return False
-        batch = self._batches.draw(num_tokens, options.seed + self.counters.num_micro_steps)
-        if batch is None:
+        texts = self._batches.draw(num_tokens, options.seed + self.counters.num_micro_steps)
+        if not texts:
             return False
-        self._learn(batch)
+        num_tokens = sum(len(text.tokens_T) for text in texts)
+        self._learn(texts, num_tokens)
         if options.micro_tokens is None:
-            self._pace.note(batch.num_tokens, self._monotonic() - begun_s)
+            self._pace.note(num_tokens, self._monotonic() - begun_s)
         if self._batch_tokens >= options.batch_tokens:
             self._under_way = self._step()
         return True
 
-    def _learn(self, batch: Batch) -> None:
-        self.counters.num_tokens += batch.num_tokens
-        self._tokens_left -= batch.num_tokens
-        loss_N = self._loss(learned_logits(self.model, batch), batch.target)
-        loss = (loss_N * batch.weights_N).sum()
-        value = float(loss.detach())
-        if not abs(value) < float("inf"):
-            self._skip("loss-not-finite")
-            return
-        loss.backward()
-        self._loss_sum += value
-        self._weight_sum += float(batch.weights_N.sum())
-        self._batch_tokens += batch.num_tokens
+    def _learn(self, texts: Sequence[Text], num_tokens: int) -> None:
+        self.counters.num_tokens += num_tokens
+        self._tokens_left -= num_tokens
+        for guesses in self.model.guesses(texts):
+            loss_N = self._loss(guesses.logits_NV, guesses.target)
+            loss = (loss_N * guesses.weights_N).sum()
+            value = float(loss.detach())
+            if not abs(value) < float("inf"):
+                self._skip("loss-not-finite")
+                return
+            loss.backward()
+            self._loss_sum += value
+            self._weight_sum += float(guesses.weights_N.sum())
+        self._batch_tokens += num_tokens
 
     def _advance(self, until_s: float) -> None:
         assert self._under_way is not None
@@ -230,16 +246,12 @@ class OnlineLearner:
         """
         self.settle()
         figures = asdict(self.counters)
-        save_draft(
-            self.model,
-            self._source,
-            load_model_config(self._source),
-            directory,
-            {"format": 1, **(card or {}), "learned": figures},
-        )
+        self._learnable.save(directory, {"format": 1, **(card or {}), "learned": figures})
 
-    def judging(self, incumbent: Path, candidate: Path | None = None) -> Iterator[Pair]:
-        """Yield every held-out text with (candidate, incumbent) on it, domain after domain.
+    def judging(
+        self, incumbent: Path, candidate: Path | None = None, domain: str = ""
+    ) -> Iterator[Pair]:
+        """Yield held-out texts, of a domain or all, with (candidate, incumbent) on each.
 
         The candidate is the draft as it is now, so nothing may be learned in between, unless a
         directory is given.
@@ -248,9 +260,11 @@ class OnlineLearner:
             UnsupportedModelError: a draft cannot be loaded.
         """
         self.settle()
-        mine = self.model if candidate is None else load_draft(candidate)
-        other = load_draft(incumbent)
-        texts = [text for domain in self.replay.domains for text in self.replay.held_out(domain)]
+        load = self._learnable.load
+        mine = self.model if candidate is None else load(candidate)
+        other = load(incumbent)
+        domains = [domain] if domain else self.replay.domains
+        texts = [text for name in domains for text in self.replay.held_out(name)]
         return ((text, (judge(mine, text), judge(other, text))) for text in texts)
 
     def reset(self, directory: Path) -> None:
@@ -259,13 +273,7 @@ class OnlineLearner:
         Raises:
             UnsupportedModelError: it cannot be trained, or is of another shape.
         """
-        other = load_draft(directory)
-        if other.shape != self.model.shape:
-            shapes = f"{other.shape}, expected {self.model.shape}"
-            raise UnsupportedModelError(f"a draft of shape {shapes}")
-        self.model.load_state_dict(other.state_dict())
-        self.model.raw_config, self.model.weight_dtype = other.raw_config, other.weight_dtype
-        self._source = directory
+        self._learnable.reset(directory)
         self._under_way = None
         self._drop_gradient()
         self._optimiser.reset()
@@ -291,7 +299,7 @@ class OnlineLearner:
             "domains": domains,
         }
         return tensors, {
-            "source": str(self._source),
+            "source": self._learnable.source,
             "counters": asdict(self.counters),
             "optimiser_steps": num_moments,
             "replay": replay_values,

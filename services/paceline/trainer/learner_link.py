@@ -59,6 +59,8 @@ class LearnerLink:
         self._frames = FrameReader()
         self._has_ended = False
         self._numbers = itertools.count(1)
+        self._judging = asyncio.Lock()
+        """Held while drafts are compared: the learner drops a comparison for the next one."""
         self._pending: dict[int, asyncio.Future[learner_pb2.LearnerEvent]] = {}
         self.progress = learner_pb2.LearnerProgress()
         """The last that was reported."""
@@ -174,9 +176,17 @@ class LearnerLink:
         await self._ask(timeout_s, pause=learner_pb2.PauseTraining())
 
     async def judge(
-        self, incumbent: str, candidate: str = "", *, is_own: bool = False, timeout_s: float = 600.0
+        self,
+        incumbent: str,
+        candidate: str = "",
+        domain: str = "",
+        *,
+        is_own: bool = False,
+        timeout_s: float = 600.0,
     ) -> learner_pb2.DraftsJudged:
-        """Compare a draft with the incumbent on held-out samples; takes as much as is granted.
+        """Compare a draft with the incumbent on held-out samples, of one domain or all.
+
+        One comparison at a time, each taking as much as is granted; others wait.
 
         `is_own`: the learner exported it; what it was like on new samples comes, too.
 
@@ -184,8 +194,11 @@ class LearnerLink:
             DeadlineError, UnavailableError: there was no answer, or the learner is gone.
             InternalError: a draft cannot be loaded; says why.
         """
-        judge = learner_pb2.JudgeDrafts(incumbent=incumbent, candidate=candidate, is_own=is_own)
-        event = await self._ask(timeout_s, judge=judge)
+        judge = learner_pb2.JudgeDrafts(
+            incumbent=incumbent, candidate=candidate, domain=domain, is_own=is_own
+        )
+        async with self._judging:
+            event = await self._ask(timeout_s, judge=judge)
         return event.judged
 
     async def export(self, directory: str, timeout_s: float = 60.0) -> Exported:
@@ -196,6 +209,31 @@ class LearnerLink:
             InternalError: it could not be written ("disk-failed"), and nothing was.
         """
         event = await self._ask(timeout_s, export=learner_pb2.ExportDraft(directory=directory))
+        exported = event.exported
+        return Exported(exported.directory, exported.num_samples, exported.num_tokens)
+
+    async def specialise(
+        self,
+        base: str,
+        domain: str,
+        directory: str,
+        *,
+        rank: int,
+        num_steps: int,
+        timeout_s: float = 3600.0,
+    ) -> Exported:
+        """Let a draft for one domain be made from a checkpoint, beside what is learned anyway.
+
+        One at a time: another one ends the one before. Takes as much as is granted.
+
+        Raises:
+            DeadlineError, UnavailableError: there was no answer, or the learner is gone.
+            InternalError: it went wrong, or could not be written ("disk-failed").
+        """
+        specialise = learner_pb2.SpecialiseDraft(
+            base=base, domain=domain, rank=rank, num_steps=num_steps, directory=directory
+        )
+        event = await self._ask(timeout_s, specialise=specialise)
         exported = event.exported
         return Exported(exported.directory, exported.num_samples, exported.num_tokens)
 

@@ -5,15 +5,30 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
+MODEL_BATCH_TOKENS = 2048
+"""Tokens of text behind one optimiser step of a small model."""
+HEADS_BATCH_TOKENS = 512
+"""Tokens behind one optimiser step of heads: they compute on captured tokens only, no context, and
+each of them teaches every head."""
+
 
 @dataclass(frozen=True, slots=True)
 class LearnerOptions:
     """Options of one learner."""
 
     draft: str
-    """Directory of the checkpoint to start from, tokenizer included."""
+    """Directory of the checkpoint to start from, tokenizer included. Of heads it may be empty:
+    they start as the target's own head."""
     state: str = ""
     """Directory where the state is kept; empty keeps none."""
+    drafter: str = "model"
+    """What learns (learnables.py): a small model, or Medusa heads on hidden states."""
+    target: str = ""
+    """Directory of the target's checkpoint; heads need it."""
+    num_heads: int = 4
+    """Of new heads: tokens that they draft behind the one that the target draws itself."""
+    num_layers: int = 1
+    """Residual blocks of each new head; the paper's choice."""
     seed: int = 0
     """Of the order in which samples are met."""
     loss: str = "lk"
@@ -32,7 +47,7 @@ class LearnerOptions:
     weight_decay: float = 0.0
     """Of matrices; online learning stays near the draft it came from without (OSD)."""
     max_grad_norm: float = 1.0
-    batch_tokens: int = 2048
+    batch_tokens: int = MODEL_BATCH_TOKENS
     """Tokens of text behind one optimiser step."""
     micro_step_s: float = 0.025
     """Longest time between two looks at the socket; well below the 50 ms in which a pause has

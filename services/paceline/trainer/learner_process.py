@@ -27,6 +27,7 @@ from paceline.process.lifecycle import die_with_parent
 from paceline.process.logs import setup_logging
 from paceline.rpc.draft_codec import sample_from_proto
 from paceline.rpc.frames import ConnectionClosedError, FrameSocket
+from paceline.trainer.commission import Commission
 from paceline.trainer.learner import OnlineLearner
 from paceline.trainer.learner_events import Judging, failure_of, progress_of
 from paceline.trainer.learner_options import LearnerOptions
@@ -101,6 +102,8 @@ class LearnerLoop:
         self._reported_s = 0.0
         self._max_micro_step_s = 0.0
         self._judging: Judging | None = None
+        self._commission: Commission | None = None
+        self._is_commissions_turn = False
         self._inbox: deque[learner_pb2.StreamedSample] = deque()
 
     def run(self) -> NoReturn:
@@ -133,6 +136,13 @@ class LearnerLoop:
             return
         if self._judging is not None:
             self._judge(self._judging)
+            return
+        self._is_commissions_turn = not self._is_commissions_turn
+        if self._commission is not None and self._is_commissions_turn:
+            event = self._commission.work(self._until_s)
+            if event is not None:
+                self._commission = None
+                self._sock.send(event)
             return
         self._is_dry = not self._learner.micro_step(self._until_s)
         taken_s = 0.0 if self._is_dry else self._learner.counters.last_micro_step_s
@@ -176,7 +186,8 @@ class LearnerLoop:
                 self._drop_judging("another comparison was asked for")
                 incumbent = Path(command.judge.incumbent)
                 new = learner.first_sight.pairs(incumbent) if command.judge.is_own else ()
-                self._judging = Judging(number, learner.judging(incumbent, candidate), new)
+                pairs = learner.judging(incumbent, candidate, command.judge.domain)
+                self._judging = Judging(number, pairs, new)
             case "export":
                 learner.export(Path(command.export.directory))
                 exported = learner_pb2.DraftExported(
@@ -186,6 +197,9 @@ class LearnerLoop:
                     num_tokens=learner.counters.num_tokens,
                 )
                 self._send(exported=exported)
+            case "specialise":
+                self._drop_commission("another draft was asked for")
+                self._commission = Commission(number, command.specialise, learner)
             case "reset":
                 learner.reset(Path(command.reset.directory))
                 self._drop_judging("the learner was reset")
@@ -198,6 +212,12 @@ class LearnerLoop:
         if self._judging is not None:
             failed = failure_of(self._judging.command_id, ValueError(why))
             self._judging = None
+            self._send(failed=failed)
+
+    def _drop_commission(self, why: str) -> None:
+        if self._commission is not None:
+            failed = failure_of(self._commission.command_id, ValueError(why))
+            self._commission = None
             self._send(failed=failed)
 
     def _take_in(self, seconds: float) -> None:

@@ -7,17 +7,15 @@ the seconds there are. learner.py asks before and tells after each one.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import Protocol
 
 from paceline.trainer.positions import weighed
-from paceline.trainer.replay import ReplayBuffer
-from paceline.trainer.texts import Batch, Text, pack
+from paceline.trainer.texts import Text
 
 LEAST_TOKENS = 16
 """Less teaches nothing; a machine that needs longer for them takes longer."""
 
-_ROW_TOKENS = 256
-"""Of a row with several texts; attention costs its square."""
 _FIRST_RATE = 2000.0
 """Tokens per second before any was measured: careful."""
 _HEADROOM = 0.8
@@ -50,18 +48,46 @@ class Pace:
         self._rate = min(_FIRST_RATE, self._rate * _HOPE)
 
 
+class TextSource(Protocol):
+    """Where texts come from: a replay buffer, or a part of one."""
+
+    def draw(self, recent_ratio: float) -> Text | None:
+        """Return a text to learn from; None if there is none."""
+        ...
+
+
+def lesson_of(text: Text) -> Text | None:
+    """Return a text if it says anything."""
+    return text if text.weights_T.any() else None
+
+
 class MicroBatches:
     """Draws micro-batches from a replay buffer."""
 
-    def __init__(self, replay: ReplayBuffer, positions: str, recent_ratio: float) -> None:
+    def __init__(
+        self,
+        replay: TextSource,
+        positions: str,
+        recent_ratio: float,
+        lesson: Callable[[Text], Text | None] = lesson_of,
+    ) -> None:
+        """Draw from a buffer.
+
+        Args:
+            replay: has the texts.
+            positions: name of a choice of positions.
+            recent_ratio: share of the draws that follow the last arrivals.
+            lesson: returns the part of a text to learn from; None if there is nothing to learn.
+        """
+        self._lesson = lesson
         self._replay = replay
         self._positions = positions
         self._recent_ratio = recent_ratio
         self._ahead: Text | None = None
         """Drawn, but there was no room."""
 
-    def draw(self, num_tokens: int, seed: int) -> Batch | None:
-        """Return texts of up to so many tokens, or a part of one; None if there are none."""
+    def draw(self, num_tokens: int, seed: int) -> list[Text]:
+        """Return texts of up to so many tokens, or a part of one; empty if there are none."""
         texts: list[Text] = []
         room = num_tokens
         while room >= LEAST_TOKENS or not texts:
@@ -77,16 +103,16 @@ class MicroBatches:
                 text = cut(text, room, seed)
             texts.append(text)
             room -= len(text.tokens_T)
-        return _packed(texts) if texts else None
+        return texts
 
     def _next(self) -> Text | None:
         for _ in range(_MAX_EMPTY):
             text = self._replay.draw(self._recent_ratio)
             if text is None:
                 return None
-            text = weighed(text, self._positions)
-            if text.weights_T.any():
-                return text
+            lesson = self._lesson(weighed(text, self._positions))
+            if lesson is not None:
+                return lesson
         return None
 
 
@@ -100,17 +126,3 @@ def cut(text: Text, length: int, seed: int) -> Text:
     place = int(random.Random(seed).choice(places))
     begin = min(max(0, place - length // 2), len(text.tokens_T) - length)
     return text.window(begin, begin + length)
-
-
-def _packed(texts: Sequence[Text]) -> Batch:
-    row_tokens = max(_ROW_TOKENS, max(len(text.tokens_T) for text in texts))
-    rows: list[list[Text]] = [[]]
-    used = 0
-    for text in texts:
-        if used + len(text.tokens_T) > row_tokens:
-            rows.append([])
-            used = 0
-        rows[-1].append(text)
-        used += len(text.tokens_T)
-    longest = max(sum(len(text.tokens_T) for text in row) for row in rows)
-    return pack(rows, longest)

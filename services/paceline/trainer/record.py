@@ -30,6 +30,8 @@ def record_from_json(values: Mapping[str, Any]) -> DraftRecord:
     for name in _COUNTS:
         if not isinstance(values[name], int) or values[name] < 0:
             raise TypeError(f"{name} is not a count")
+    if not isinstance(values.get("rank", 0), int):
+        raise TypeError("rank is not a count")
     return DraftRecord(
         **{
             **values,

@@ -8,6 +8,8 @@ drafted token is accepted exactly where it is the drawn one:
     drafted   a b c d     f x   h
     origin    1 1 1 1 3   1 2   1
 
+With hidden states the samples are those that the engine captures (engine/spec/capture.py), which
+passes over what it has no time for when steps are as short as capturing.
 compare.py learns from it.
 """
 
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,26 +53,37 @@ def record(options: RecordOptions) -> dict[str, Any]:
     """
     lines = json.loads(Path(options.prompts).read_text(encoding="utf-8"))
     prompts = [tuple(line["token_ids"]) for line in lines]
-    texts = _answers(options, prompts)
+    answers = _answers(options, prompts)
     draft = load_draft(Path(options.draft))
     torch.set_num_threads(options.threads)
     domains = {prompt: line["domain"] for prompt, line in zip(prompts, lines, strict=True)}
     order = {prompt: i for i, prompt in enumerate(prompts)}
-    texts.sort(key=lambda text: order[_prompt(text)])
-    samples = [s for text in texts for s in _samples(text, draft, domains[_prompt(text)])]
+    answers.sort(key=lambda answer: order[_prompt(answer[0])])
+    samples: list[Sample] = []
+    for text, captured in answers:
+        domain, origins_N = domains[_prompt(text)], _origins(text, draft)
+        samples += (
+            _with_origins(text, captured, origins_N, domain)
+            if options.has_hidden
+            else _samples(text, origins_N, domain)
+        )
     count = write_stream(Path(options.out), samples)
-    origins = np.frombuffer(b"".join(sample.origins for sample in samples), np.uint8)
-    shares = {o.name.lower(): round(float((origins == o).mean()), 4) for o in TokenOrigin}
+    all_N = np.frombuffer(b"".join(sample.origins for sample in samples), np.uint8)
+    shares = {o.name.lower(): round(float((all_N == o).mean()), 4) for o in TokenOrigin}
     return {
         "bench": "training-record",
         "stream": options.out,
         "samples": count,
-        "tokens": len(origins),
+        "tokens": len(all_N),
+        "has_hidden": options.has_hidden,
         "origins": shares,
     }
 
 
-def _answers(options: RecordOptions, prompts: Sequence[tuple[int, ...]]) -> list[Text]:
+def _answers(
+    options: RecordOptions, prompts: Sequence[tuple[int, ...]]
+) -> list[tuple[Text, list[Sample]]]:
+    """Return the target's answers, each with what the engine captured of it."""
     longest = max(map(len, prompts)) + options.max_tokens
     block_size = EngineOptions(options.model).block_size
     engine, card = build_engine(
@@ -80,11 +94,14 @@ def _answers(options: RecordOptions, prompts: Sequence[tuple[int, ...]]) -> list
             max_num_seqs=1,
             threads=options.threads,
             drafters=(),
+            capture_share=1.0 if options.has_hidden else 0.0,
+            capture_top=_TOP,
+            capture_hidden=options.has_hidden,
         )
     )
     if longest > card.max_context_tokens:
         raise ValueError(f"a prompt and {options.max_tokens} tokens are {longest} tokens")
-    texts: list[Text] = []
+    answers: list[tuple[Text, list[Sample]]] = []
     # One by one: a writer fills its context whatever the prompt's length.
     for prompt in prompts:
         plan = WriterPlan(
@@ -96,14 +113,17 @@ def _answers(options: RecordOptions, prompts: Sequence[tuple[int, ...]]) -> list
             top=min(_TOP, card.config.vocab_size),
             turn_weight=0.0,
             eos_token_ids=card.config.eos_token_ids,
-            seed=options.seed + len(texts),
+            seed=options.seed + len(answers),
             num_texts=1,
-            temperatures=(options.temperatures[len(texts) % len(options.temperatures)],),
+            temperatures=(options.temperatures[len(answers) % len(options.temperatures)],),
+            is_captured=options.has_hidden,
         )
-        texts += TargetWriter(engine, plan).take(float("inf"))
-        if not options.is_quiet and len(texts) % 50 == 0:
-            print(f"{len(texts)} of {len(prompts)} prompts", flush=True)
-    return texts
+        writer = TargetWriter(engine, plan)
+        (text,) = writer.take(float("inf"))
+        answers.append((text, writer.captured()))
+        if not options.is_quiet and len(answers) % 50 == 0:
+            print(f"{len(answers)} of {len(prompts)} prompts", flush=True)
+    return answers
 
 
 def _prompt(text: Text) -> tuple[int, ...]:
@@ -111,11 +131,27 @@ def _prompt(text: Text) -> tuple[int, ...]:
     return tuple(text.tokens_T[: first + 1].tolist())
 
 
-def _samples(text: Text, draft: DraftModel, domain: str) -> list[Sample]:
-    begin, end = len(_prompt(text)), len(text.tokens_T)
+def _origins(text: Text, draft: DraftModel) -> npt.NDArray[np.uint8]:
+    """Return how each token of an answer would have come about."""
     with torch.no_grad():
-        logits_NV = learned_logits(draft, pack([[text]], end))
-    origins_N = origins(logits_NV.argmax(-1).numpy(), text.tokens_T[begin:])
+        logits_NV = learned_logits(draft, pack([[text]], len(text.tokens_T)))
+    return origins(logits_NV.argmax(-1).numpy(), text.tokens_T[len(_prompt(text)) :])
+
+
+def _with_origins(
+    text: Text, captured: Sequence[Sample], origins_N: npt.NDArray[np.uint8], domain: str
+) -> list[Sample]:
+    """Return what was captured of an answer, with what a draft would have made of it."""
+    found = []
+    for sample in captured:
+        begin = sample.first_position + sample.num_context - len(_prompt(text))
+        own_N = origins_N[begin : begin + sample.num_captured]
+        found.append(replace(sample, tenant=b"", domain=domain, origins=own_N.tobytes()))
+    return found
+
+
+def _samples(text: Text, origins_N: npt.NDArray[np.uint8], domain: str) -> list[Sample]:
+    begin, end = len(_prompt(text)), len(text.tokens_T)
     found = []
     for at in range(begin, end, _RUN_TOKENS):
         stop = min(at + _RUN_TOKENS, end)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from paceline.domain.draft_files import version_of
 from paceline.domain.draft_records import DraftRecord, DraftScore, DraftStage
-from paceline.domain.drafts import MODEL_DRAFTER, DraftEntry, DraftFile
+from paceline.domain.drafts import MAX_DRAFTERS, MODEL_DRAFTER, DraftEntry, DraftFile
 from paceline.domain.errors import (
     AlreadyExistsError,
     CorruptDraftError,
@@ -84,7 +84,14 @@ class Registry:
             return self.get(record.version)
 
     def add(
-        self, checkpoint: Path, *, drafter: str, parent: str, num_samples: int, num_tokens: int
+        self,
+        checkpoint: Path,
+        *,
+        drafter: str,
+        parent: str,
+        num_samples: int,
+        num_tokens: int,
+        rank: int = 0,
     ) -> DraftRecord:
         """Copy a checkpoint as a candidate; one that is here already is returned as it stands.
 
@@ -119,6 +126,7 @@ class Registry:
                     num_bytes=num_bytes,
                     num_samples=num_samples,
                     num_tokens=num_tokens,
+                    rank=rank,
                 )
                 made.append(record)
                 return record
@@ -154,9 +162,12 @@ class Registry:
         Raises:
             NotFoundError: there is no such version.
             PreconditionError: it may not go there, or another holds the place.
+            ExhaustedError: it would be one drafter too many.
         """
         with self._lock:
             record = self.get(version)
+            if stage is DraftStage.ACTIVE:
+                self.check_room(record.drafter)
             standing = self._standing(record.drafter)
             successor = ""
             if record.version == standing.active and stage is DraftStage.ROLLED_BACK:
@@ -212,10 +223,12 @@ class Registry:
         Raises:
             NotFoundError, InvalidRequestError: no such version, or several.
             CorruptDraftError: its bytes have changed.
+            ExhaustedError: it would be one drafter too many.
         """
         with self._lock:
             if not version:
                 return self.unpin(drafter)
+            self.check_room(drafter)
             target = self._of(drafter, version)
             self.verify(target.version)
             own, standing = self._own(drafter), self._standing(drafter)
@@ -234,6 +247,36 @@ class Registry:
                 change = stages.unpin(self._own(drafter), standing, self._time_s())
                 self._commit(drafter, change)
             return self._active(drafter)
+
+    def remove(self, drafter: str) -> DraftRecord:
+        """Give a member of the bank up; return the version that was active.
+
+        Its versions stay for as long as there is room: pinning or offering one brings it back.
+
+        Raises:
+            NotFoundError: nothing of this drafter is active.
+            PreconditionError: it is the one that everybody may use, or a version is pinned.
+        """
+        with self._lock:
+            if drafter == MODEL_DRAFTER:
+                raise PreconditionError(f"{drafter} is what a bank begins with", reason="no-member")
+            was, own = self._active(drafter), self._own(drafter)
+            self._commit(drafter, stages.remove(own, self._standing(drafter), self._time_s()))
+            return self.get(was.version)
+
+    def check_room(self, drafter: str) -> None:
+        """Refuse a drafter that would be one too many for engines.
+
+        Raises:
+            ExhaustedError: it would.
+        """
+        members = {name for name, s in self._contents.standings.items() if s.active}
+        members.discard(MODEL_DRAFTER)
+        if drafter not in (MODEL_DRAFTER, *members) and len(members) >= MAX_DRAFTERS - 1:
+            raise ExhaustedError(
+                f"{', '.join(sorted(members))}: no room for {drafter}; remove one",
+                reason="bank-full",
+            )
 
     def get(self, prefix: str) -> DraftRecord:
         """Return the version, or the one that begins like this.

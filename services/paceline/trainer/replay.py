@@ -67,6 +67,10 @@ class ReplayBuffer:
         """Return the number of texts of a domain to learn from."""
         return self._shelves[domain].num_texts if domain in self._shelves else 0
 
+    def text_at(self, domain: str, index: int) -> Text:
+        """Return one of a domain's texts to learn from, older ones first."""
+        return self._shelves[domain].text_at(index)
+
     def held_out(self, domain: str) -> list[Text]:
         """Return the texts of a domain to judge on, oldest first."""
         return list(self._shelves[domain].held_out) if domain in self._shelves else []
@@ -184,6 +188,7 @@ class ReplayBuffer:
                 int(entry["first"]),
                 arrays[f"{i}.origins"].numpy() if f"{i}.origins" in arrays else None,
                 str(entry["domain"]),
+                arrays[f"{i}.hidden"].numpy() if f"{i}.hidden" in arrays else None,
             )
             shelf = self._shelves.setdefault(entry["shelf"], Shelf())
             shelf.put(entry["place"], float(entry["key"]), int(entry["number"]), text)
@@ -207,4 +212,6 @@ def _parts(text: Text) -> dict[str, torch.Tensor]:
     }
     if text.origins_T is not None:
         parts["origins"] = text.origins_T
+    if text.hidden_TE is not None:
+        parts["hidden"] = text.hidden_TE
     return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in parts.items()}

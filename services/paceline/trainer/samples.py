@@ -7,7 +7,7 @@
 So the row that predicts a captured token is the one of the position before it. learner.py calls
 this for every sample that arrives, and counts and drops those that raise.
 
-Shape legend: N captured tokens, K named at each, T tokens.
+Shape legend: N captured tokens, K named at each, T tokens, E hidden size.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ _SUM_TOLERANCE = 0.02
 """By which a distribution in float16 may miss 1: 64 roundings of up to 2^-12 stay below it."""
 
 
-def text_of(sample: Sample, vocab_size: int) -> Text:
+def text_of(sample: Sample, vocab_size: int, hidden_size: int | None = None) -> Text:
     """Return a sample as a text in which every captured token counts alike.
 
     Positions start at 0 with its context, wherever it stood: rotary embeddings see distances only.
+    Hidden states are kept if their size is given and the sample has them.
 
     Raises:
         ValueError: the sample is corrupt; says how.
@@ -50,6 +51,7 @@ def text_of(sample: Sample, vocab_size: int) -> Text:
     origins_N = _array("origins", sample.origins, "u1", (count,))
     if origins_N.max() > max(TokenOrigin):
         raise ValueError(f"origins: {origins_N.max()} is none")
+    hidden_NE = _hidden(sample, hidden_size)
     first, length = sample.num_context - 1, len(tokens_T)
     weights_T, origins_T = np.zeros(length, np.float32), np.zeros(length, np.uint8)
     weights_T[first:-1] = 1.0
@@ -65,7 +67,17 @@ def text_of(sample: Sample, vocab_size: int) -> Text:
         first,
         origins_T,
         sample.domain,
+        hidden_NE,
     )
+
+
+def _hidden(sample: Sample, hidden_size: int | None) -> npt.NDArray[np.float16] | None:
+    if hidden_size is None or not sample.hidden:
+        return None
+    hidden_NE = _array("hidden", sample.hidden, "<f2", (sample.num_captured, hidden_size))
+    if not np.isfinite(hidden_NE).all():
+        raise ValueError("hidden: not finite")
+    return hidden_NE.astype(np.float16)
 
 
 def _array(name: str, data: bytes, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[np.generic]:

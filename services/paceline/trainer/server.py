@@ -1,20 +1,20 @@
 """DraftService: checks what comes in, asks the desk, the attendants or the conductor, answers.
 
 Calls are those of proto/paceline/v1/drafts.proto. Workers attend and fetch; operators list,
-offer, roll back and pin (`paceline draft`). Holds nothing between calls.
+offer, roll back, pin and remove (`paceline draft`). Holds nothing between calls.
 """
 
 from __future__ import annotations
 
 import asyncio
-import re
+import logging
 from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
 from typing import Any, Protocol
 
 from paceline.domain.draft_files import is_draft_file
 from paceline.domain.draft_records import DraftRecord
-from paceline.domain.drafts import MODEL_DRAFTER
+from paceline.domain.drafts import MODEL_DRAFTER, is_label, label_of
 from paceline.domain.errors import (
     InvalidRequestError,
     PacelineError,
@@ -35,6 +35,8 @@ from paceline.trainer.offers import Inbox, Offer
 from paceline.trainer.streams import next_message, pieces, read_on
 from paceline.v1 import drafts_pb2, drafts_pb2_grpc
 
+logger = logging.getLogger(__name__)
+
 SERVICE_NAME = "paceline.v1.DraftService"
 
 FIRST_S = 5.0
@@ -47,8 +49,6 @@ PIECE_TIMEOUT_S = 30.0
 """Longest wait for the next piece of an offer."""
 
 MAX_ID_CHARS = 256
-
-_DRAFTER = re.compile(rf"{MODEL_DRAFTER}(:[A-Za-z0-9][A-Za-z0-9._-]{{0,63}})?")
 
 # The generated base class is untyped; naming its type once keeps the rest checked.
 _Base: Any = drafts_pb2_grpc.DraftServiceServicer
@@ -237,10 +237,21 @@ class DraftServicer(_Base):  # type: ignore[misc]
         record = await self._desk.change(pin)
         return drafts_pb2.PinDraftResponse(draft=record_to_proto(record))
 
+    async def RemoveDrafter(
+        self, request: drafts_pb2.RemoveDrafterRequest, context: object
+    ) -> drafts_pb2.RemoveDrafterResponse:
+        """Take a drafter out of the bank."""
+        drafter = _drafter(request.drafter)
+        record = await self._desk.change(lambda store: store.remove(drafter))
+        logger.info("drafter-removed", extra={"fields": {"drafter": drafter}})
+        return drafts_pb2.RemoveDrafterResponse(draft=record_to_proto(record))
+
 
 def _drafter(name: str) -> str:
     drafter = name or MODEL_DRAFTER
-    if not _DRAFTER.fullmatch(drafter):
+    if drafter != MODEL_DRAFTER and not (
+        drafter.startswith(f"{MODEL_DRAFTER}:") and is_label(label_of(drafter))
+    ):
         text = f"must be {MODEL_DRAFTER} or {MODEL_DRAFTER}:NAME"
         raise InvalidRequestError("drafter", text)
     return drafter

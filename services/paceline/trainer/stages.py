@@ -141,6 +141,21 @@ def take_back(
     return Change(replace(standing, active=successor, canary="", previous=previous), changed)
 
 
+def remove(records: Records, standing: Standing, at_s: float) -> Change:
+    """Return what it does to give a drafter up: none of its versions comes back by itself.
+
+    Raises:
+        PreconditionError: a version is pinned.
+    """
+    if standing.pinned:
+        raise PreconditionError(f"{standing.pinned} is pinned; unpin it", reason="draft-pinned")
+    removed = Verdict(_S.ROLLED_BACK, "removed")
+    # Retired ones too: where standings are lost, one of them would be taken for the one before.
+    used = (_S.ACTIVE, _S.CANARY, _S.RETIRED)
+    changed = {v: _decided(r, removed, at_s) for v, r in records.items() if r.stage in used}
+    return Change(Standing(), changed | flagged({**records, **changed}, Standing()))
+
+
 def pin(records: Records, standing: Standing, version: str, at_s: float) -> Change:
     """Return what it does to keep a version active whatever comes."""
     change = activate(records, standing, version, Verdict(_S.ACTIVE, "pinned"), at_s)

@@ -4,8 +4,8 @@ Samples of live traffic have the same form: verification knows the target's like
 every position it computed (samples.py). Writer fills it, train.py reads batches, evaluate.py
 held-out texts.
 
-Shape legend: T tokens of a text, K named tokens, B rows, R tokens of a row, N positions that are
-learned from.
+Shape legend: T tokens of a text, K named tokens, E the target's hidden size, B rows, R tokens of
+a row, N positions that are learned from.
 
 A row holds several texts, none of which sees another:
 
@@ -27,6 +27,9 @@ import torch
 
 from paceline.trainer.losses import TargetProbs
 
+_ROW_TOKENS = 256
+"""Of a row with several texts; attention costs its square."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Text:
@@ -47,13 +50,16 @@ class Text:
     """How the token behind each position came about (TokenOrigin); None where nobody noted it."""
     domain: str = ""
     """What kind of text it is."""
+    hidden_TE: npt.NDArray[np.float16] | None = None
+    """The target's final hidden state at each position, row for row with `top_ids_TK`; None where
+    nobody wants it."""
 
     @property
     def nbytes(self) -> int:
         """Memory it takes."""
         arrays = (self.tokens_T, self.top_ids_TK, self.top_logprobs_TK, self.weights_T)
-        origins = 0 if self.origins_T is None else self.origins_T.nbytes
-        return sum(array.nbytes for array in arrays) + origins
+        others = [a for a in (self.origins_T, self.hidden_TE) if a is not None]
+        return sum(array.nbytes for array in (*arrays, *others))
 
     def window(self, begin: int, end: int) -> Text:
         """Return the tokens from `begin` up to `end` as a text of its own, without copying.
@@ -70,6 +76,7 @@ class Text:
             weights_T=self.weights_T[begin:end],
             first=max(0, self.first - begin),
             origins_T=None if self.origins_T is None else self.origins_T[begin:end],
+            hidden_TE=None if self.hidden_TE is None else self.hidden_TE[rows],
         )
 
 
@@ -163,13 +170,29 @@ def pack(rows: Sequence[Sequence[Text]], row_tokens: int) -> Batch:
         torch.from_numpy(positions_BR),
         (owners[:, :, None] == owners[:, None, :]) & earlier_RR,
         torch.from_numpy(np.concatenate(learned)),
-        _target_probs(picked),
+        target_probs(picked),
         torch.from_numpy(np.concatenate([text.weights_T[places] for text, places in picked])),
         int((owners_BR >= 0).sum()),
     )
 
 
-def _target_probs(picked: Sequence[tuple[Text, npt.NDArray[np.int64]]]) -> TargetProbs:
+def pack_tightly(texts: Sequence[Text]) -> Batch:
+    """Lay whole texts out in as few rows as their order allows."""
+    row_tokens = max(_ROW_TOKENS, max(len(text.tokens_T) for text in texts))
+    rows: list[list[Text]] = [[]]
+    used = 0
+    for text in texts:
+        if used + len(text.tokens_T) > row_tokens:
+            rows.append([])
+            used = 0
+        rows[-1].append(text)
+        used += len(text.tokens_T)
+    longest = max(sum(len(text.tokens_T) for text in row) for row in rows)
+    return pack(rows, longest)
+
+
+def target_probs(picked: Sequence[tuple[Text, npt.NDArray[np.int64]]]) -> TargetProbs:
+    """Return what the target says behind some positions of texts."""
     # A capture may have been set to name fewer tokens; the rest of the others joins their tail.
     top = min(text.top_ids_TK.shape[1] for text, _ in picked)
     rows = [(text, places - text.first) for text, places in picked]

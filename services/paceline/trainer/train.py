@@ -81,8 +81,7 @@ def rate_at(plan: TrainPlan, progress: float) -> float:
 
 def learned_logits(model: DraftModel, batch: Batch) -> torch.Tensor:
     """Return the draft's logits at the positions to learn from, [N, V]."""
-    hidden = model(batch.tokens_BR, batch.positions_BR, batch.visible_BRR)
-    return model.logits(hidden.flatten(0, 1)[batch.learned_N])
+    return model.learned_logits(batch)
 
 
 def batch_loss(logits_NV: torch.Tensor, batch: Batch, losses: Mapping[str, float]) -> torch.Tensor:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from paceline.domain.drafts import MEDUSA_DRAFTER
 from paceline.domain.errors import ExhaustedError, PacelineError, UnavailableError
 from paceline.domain.slack import Slack
 from paceline.process.lifecycle import Tasks
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 _FEED_PERIOD_S = 0.25
 _FEED_COUNT = 64
+_FEED_COUNT_HIDDEN = 16
+"""Of samples with hidden states; with 16,384 of them a sample has 2 MiB, a frame 64 at most."""
 """Samples handed over at a time."""
 _GOVERN_PERIOD_S = 0.1
 """Between two looks without an event; half of a grant."""
@@ -165,9 +168,11 @@ class Training:
             await link.close()
 
     async def _feed(self, link: LearnerLink, position: str) -> None:
+        has_hidden = self._options.drafter == MEDUSA_DRAFTER
+        count = _FEED_COUNT_HIDDEN if has_hidden else _FEED_COUNT
         while True:
             try:
-                found = await self._stream.read(position, _FEED_COUNT)
+                found = await self._stream.read(position, count)
                 if found:
                     link.feed(found)
                     position = found[-1][0]
@@ -178,7 +183,7 @@ class Training:
                     return
                 # Redis is away: serving goes on, and so does learning from what is here.
                 found = []
-            if len(found) < _FEED_COUNT:
+            if len(found) < count:
                 await asyncio.sleep(_FEED_PERIOD_S)
 
     async def _renew(self) -> None:

@@ -19,9 +19,10 @@ import numpy as np
 import numpy.typing as npt
 
 from paceline.domain.errors import InternalError, InvalidRequestError
+from paceline.domain.learnings import Sample
 from paceline.domain.request import GenerationSpec, SamplingParams, TokenChunk
 from paceline.engine.engine import Engine
-from paceline.engine.events import FailedEvent, OutputEvent
+from paceline.engine.events import FailedEvent, LearningsEvent, OutputEvent
 from paceline.trainer.options import Tokens
 from paceline.trainer.texts import Text
 
@@ -55,6 +56,8 @@ class WriterPlan:
     """How many to begin; None never stops."""
     temperatures: tuple[float, ...] = TEMPERATURES
     """Of answers, in turn."""
+    is_captured: bool = False
+    """Whether the engine may capture samples of what is written."""
 
 
 @dataclass(slots=True)
@@ -83,6 +86,7 @@ class TargetWriter:
         self._prompts = itertools.cycle(plan.prompts)
         self._names = itertools.count()
         self._drafts: dict[str, _Draft] = {}
+        self._captured: list[Sample] = []
         self._num_dropped = 0
         self._num_left = math.inf if plan.num_texts is None else plan.num_texts
 
@@ -107,6 +111,17 @@ class TargetWriter:
                 if text is not None:
                     texts.append(text)
         return texts
+
+    def captured(self) -> list[Sample]:
+        """Return the samples that the engine captured of texts that are finished, in order.
+
+        Each once; call it while nothing is being written.
+        """
+        while self._engine.has_work:
+            for event in self._engine.step():
+                self._note(event)
+        found, self._captured = self._captured, []
+        return found
 
     def close(self) -> None:
         """Give up what is being written, so that the engine is free for another writer."""
@@ -143,12 +158,15 @@ class TargetWriter:
                 max_tokens=max(1, max_tokens),
                 stop_token_ids=stops,
                 logprobs=self._plan.top,
+                allow_training=self._plan.is_captured,
             )
         )
 
     def _note(self, event: object) -> Text | None:
         if isinstance(event, FailedEvent):
             raise InternalError(f"the target failed: {event.message}", reason=event.reason)
+        if isinstance(event, LearningsEvent):
+            self._captured += event.samples
         if not isinstance(event, OutputEvent):
             return None
         draft = self._drafts[event.request_id]

@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from paceline.v1 import samples_pb2 as paceline_dot_v1_dot_samples__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18paceline/v1/drafts.proto\x12\x0bpaceline.v1\x1a\x19paceline/v1/samples.proto\"\xc4\x01\n\rAttendRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x02 \x01(\t\x12\x0f\n\x07machine\x18\x03 \x01(\t\x12!\n\x05slack\x18\x04 \x01(\x0b\x32\x12.paceline.v1.Slack\x12.\n\x08outcomes\x18\x05 \x03(\x0b\x32\x1c.paceline.v1.SequenceOutcome\x12&\n\x05state\x18\x06 \x01(\x0b\x32\x17.paceline.v1.DraftState\"\x87\x01\n\x05Slack\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x0f\n\x07threads\x18\x03 \x01(\r\x12\x18\n\x10predicted_step_s\x18\x04 \x01(\x01\x12\x13\n\x0blast_step_s\x18\x05 \x01(\x01\x12\x14\n\x0citl_target_s\x18\x06 \x01(\x01\"n\n\nDraftState\x12$\n\x04held\x18\x01 \x03(\x0b\x32\x16.paceline.v1.HeldDraft\x12\x11\n\tnum_swaps\x18\x02 \x01(\x04\x12\x18\n\x10max_swap_stall_s\x18\x03 \x01(\x01\x12\r\n\x05\x65rror\x18\x04 \x01(\t\"-\n\tHeldDraft\x12\x0f\n\x07\x64rafter\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\":\n\x0e\x41ttendResponse\x12(\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x17.paceline.v1.DraftEntry\"\x83\x01\n\nDraftEntry\x12\x0f\n\x07\x64rafter\x18\x01 \x01(\t\x12&\n\x06\x61\x63tive\x18\x02 \x01(\x0b\x32\x16.paceline.v1.DraftFile\x12&\n\x06\x63\x61nary\x18\x03 \x01(\x0b\x32\x16.paceline.v1.DraftFile\x12\x14\n\x0c\x63\x61nary_share\x18\x04 \x01(\x01\"?\n\tDraftFile\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x11\n\tnum_bytes\x18\x03 \x01(\x04\"$\n\x11\x46\x65tchDraftRequest\x12\x0f\n\x07version\x18\x01 \x01(\t\"0\n\x12\x46\x65tchDraftResponse\x12\x0c\n\x04\x66ile\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\x96\x01\n\nDraftScore\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\x15\n\rnum_positions\x18\x02 \x01(\x04\x12\x12\n\nacceptance\x18\x03 \x01(\x01\x12\x1c\n\x14incumbent_acceptance\x18\x04 \x01(\x01\x12\x16\n\x0e\x64ifference_low\x18\x05 \x01(\x01\x12\x17\n\x0f\x64ifference_high\x18\x06 \x01(\x01\"e\n\rDraftDecision\x12\x0c\n\x04\x61t_s\x18\x01 \x01(\x01\x12&\n\x05stage\x18\x02 \x01(\x0e\x32\x17.paceline.v1.DraftStage\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\"\xd3\x02\n\x0b\x44raftRecord\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0e\n\x06number\x18\x03 \x01(\x04\x12\x0f\n\x07\x64rafter\x18\x04 \x01(\t\x12\x0e\n\x06parent\x18\x05 \x01(\t\x12\x11\n\tcreated_s\x18\x06 \x01(\x01\x12&\n\x05stage\x18\x07 \x01(\x0e\x32\x17.paceline.v1.DraftStage\x12\x10\n\x08is_floor\x18\x08 \x01(\x08\x12\x11\n\tis_pinned\x18\t \x01(\x08\x12\x11\n\tnum_bytes\x18\n \x01(\x04\x12\x13\n\x0bnum_samples\x18\x0b \x01(\x04\x12\x12\n\nnum_tokens\x18\x0c \x01(\x04\x12\'\n\x06scores\x18\r \x03(\x0b\x32\x17.paceline.v1.DraftScore\x12-\n\tdecisions\x18\x0e \x03(\x0b\x32\x1a.paceline.v1.DraftDecision\"$\n\x11ListDraftsRequest\x12\x0f\n\x07\x64rafter\x18\x01 \x01(\t\">\n\x12ListDraftsResponse\x12(\n\x06\x64rafts\x18\x01 \x03(\x0b\x32\x18.paceline.v1.DraftRecord\"\"\n\x0fGetDraftRequest\x12\x0f\n\x07version\x18\x01 \x01(\t\";\n\x10GetDraftResponse\x12\'\n\x05\x64raft\x18\x01 \x01(\x0b\x32\x18.paceline.v1.DraftRecord\"S\n\x11OfferDraftRequest\x12\x0f\n\x07\x64rafter\x18\x01 \x01(\t\x12\x11\n\tis_forced\x18\x02 \x01(\x08\x12\x0c\n\x04\x66ile\x18\x03 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"=\n\x12OfferDraftResponse\x12\'\n\x05\x64raft\x18\x01 \x01(\x0b\x32\x18.paceline.v1.DraftRecord\"8\n\x14RollbackDraftRequest\x12\x0f\n\x07\x64rafter\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"@\n\x15RollbackDraftResponse\x12\'\n\x05\x64raft\x18\x01 \x01(\x0b\x32\x18.paceline.v1.DraftRecord\"3\n\x0fPinDraftRequest\x12\x0f\n\x07\x64rafter\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\";\n\x10PinDraftResponse\x12\'\n\x05\x64raft\x18\x01 \x01(\x0b\x32\x18.paceline.v1.DraftRecord*\xc3\x01\n\nDraftStage\x12\x1b\n\x17\x44RAFT_STAGE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x44RAFT_STAGE_CANDIDATE\x10\x01\x12\x17\n\x13\x44RAFT_STAGE_REFUSED\x10\x02\x12\x16\n\x12\x44RAFT_STAGE_CANARY\x10\x03\x12\x16\n\x12\x44RAFT_STAGE_ACTIVE\x10\x04\x12\x17\n\x13\x44RAFT_STAGE_RETIRED\x10\x05\x12\x1b\n\x17\x44RAFT_STAGE_ROLLED_BACK\x10\x06\x32\xb0\x04\n\x0c\x44raftService\x12\x45\n\x06\x41ttend\x12\x1a.paceline.v1.AttendRequest\x1a\x1b.paceline.v1.AttendResponse(\x01\x30\x01\x12O\n\nFetchDraft\x12\x1e.paceline.v1.FetchDraftRequest\x1a\x1f.paceline.v1.FetchDraftResponse0\x01\x12M\n\nListDrafts\x12\x1e.paceline.v1.ListDraftsRequest\x1a\x1f.paceline.v1.ListDraftsResponse\x12G\n\x08GetDraft\x12\x1c.paceline.v1.GetDraftRequest\x1a\x1d.paceline.v1.GetDraftResponse\x12O\n\nOfferDraft\x12\x1e.paceline.v1.OfferDraftRequest\x1a\x1f.paceline.v1.OfferDraftResponse(\x01\x12V\n\rRollbackDraft\x12!.paceline.v1.RollbackDraftRequest\x1a\".paceline.v1.RollbackDraftResponse\x12G\n\x08PinDraft\x12\x1c.paceline.v1.PinDraftRequest\x1a\x1d.paceline.v1.PinDraftResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18paceline/v1/drafts.proto\x12\x0bpaceline.v1\x1a\x19paceline/v1/samples.proto\"\xc4\x01\n\rAttendRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x02 \x01(\t\x12\x0f\n\x07machine\x18\x03 \x01(\t\x12!\n\x05slack\x18\x04 \x01(\x0b\x32\x12.paceline.v1.Slack\x12.\n\x08outcomes\x18\x05 \x03(\x0b\x32\x1c.paceline.v1.SequenceOutcome\x12&\n\x05state\x18\x06 \x01(\x0b\x32\x17.paceline.v1.DraftState\"\x87\x01\n\x05Slack\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x0f\n\x07threads\x18\x03 \x01(\r\x12\x18\n\x10predicted_step_s\x18\x04 \x01(\x01\x12\x13\n\x0blast_step_s\x18\x05 \x01(\x01\x12\x14\n\x0citl_target_s\x18\x06 \x01(\x01\"n\n\nDraftState\x12$\n\x04held\x18\x01 \x03(\x0b\x32\x16.paceline.v1.HeldDraft\x12\x11\n\tnum_swaps\x18\x02 \x01(\x04\x12\x18\n\x10max_swap_stall_s\x18\x03 \x01(\x01\x12\r\n\x05\x65rror\x18\x04 \x01(\t\"-\n\tHeldDraft\x12\x0f\n\x07\x64rafter\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\":\n\x0e\x41ttendResponse\x12(\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x17.paceline.v1.DraftEntry\"\x83\x01\n\nDraftEntry\x12\x0f\n\x07\x64rafter\x18\x01 \x01(\t\x12&\n\x06\x61\x63tive\x18\x02 \x01(\x0b\x32\x16.paceline.v1.DraftFile\x12&\n\x06\x63\x61nary\x18\x03 \x01(\x0b\x32\x16.paceline.v1.DraftFile\x12\x14\n\x0c\x63\x61nary_share\x18\x04 \x01(\x01\"?\n\tDraftFile\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x11\n\tnum_bytes\x18\x03 \x01(\x04\"$\n\x11\x46\x65tchDraftRequest\x12\x0f\n\x07version\x18\x01 \x01(\t\"0\n\x12\x46\x65tchDraftResponse\x12\x0c\n\x04\x66ile\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\x96\x01\n\nDraftScore\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\x15\n\rnum_positions\x18\x02 \x01(\x04\x12\x12\n\nacceptance\x18\x03 \x01(\x01\x12\x1c\n\x14incumbent_acceptance\x18\x04 \x01(\x01\x12\x16\n\x0e\x64ifference_low\x18\x05 \x01(\x01\x12\x17\n\x0f\x64ifference_high\x18\x06 \x01(\x01\"e\n\rDraftDecision\x12\x0c\n\x04\x61t_s\x18\x01 \x01(\x01\x12&\n\x05stage\x18\x02 \x01(\x0e\x32\x17.paceline.v1.DraftStage\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\"\xe1\x02\n\x0b\x44raftRecord\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0e\n\x06number\x18\x03 \x01(\x04\x12\x0f\n\x07\x64rafter\x18\x04 \x01(\t\x12\x0e\n\x06parent\x18\x05 \x01(\t\x12\x11\n\tcreated_s\x18\x06 \x01(\x01\x12&\n\x05stage\x18\x07 \x01(\x0e\x32\x17.paceline.v1.DraftStage\x12\x10\n\x08is_floor\x18\x08 \x01(\x08\x12\x11\n\tis_pinned\x18\t \x01(\x08\x12\x11\n\tnum_bytes\x18\n \x01(\x04\x12\x13\n\x0bnum_samples\x18\x0b \x01(\x04\x12\x12\n\nnum_tokens\x18\x0c \x01(\x04\x12\'\n\x06scores\x18\r \x03(\x0b\x32\x17.paceline.v1.DraftScore\x12-\n\tdecisions\x18\x0e \x03(\x0b\x32\x1a.paceline.v1.DraftDecision\x12\x0c\n\x04rank\x18\x0f \x01(\r\"$\n\x11ListDraftsRequest\x12\x0f\n\x07\x64rafter\x18\x01 \x01(\t\">\n\x12ListDraftsResponse\x12(\n\x06\x64rafts\x18\x01 \x03(\x0b\x32\x18.paceline.v1.DraftRecord\"\"\n\x0fGetDraftRequest\x12\x0f\n\x07version\x18\x01 \x01(\t\";\n\x10GetDraftResponse\x12\'\n\x05\x64raft\x18\x01 \x01(\x0b\x32\x18.paceline.v1.DraftRecord\"S\n\x11OfferDraftRequest\x12\x0f\n\x07\x64rafter\x18\x01 \x01(\t\x12\x11\n\tis_forced\x18\x02 \x01(\x08\x12\x0c\n\x04\x66ile\x18\x03 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"=\n\x12OfferDraftResponse\x12\'\n\x05\x64raft\x18\x01 \x01(\x0b\x32\x18.paceline.v1.DraftRecord\"8\n\x14RollbackDraftRequest\x12\x0f\n\x07\x64rafter\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"@\n\x15RollbackDraftResponse\x12\'\n\x05\x64raft\x18\x01 \x01(\x0b\x32\x18.paceline.v1.DraftRecord\"3\n\x0fPinDraftRequest\x12\x0f\n\x07\x64rafter\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\";\n\x10PinDraftResponse\x12\'\n\x05\x64raft\x18\x01 \x01(\x0b\x32\x18.paceline.v1.DraftRecord\"\'\n\x14RemoveDrafterRequest\x12\x0f\n\x07\x64rafter\x18\x01 \x01(\t\"@\n\x15RemoveDrafterResponse\x12\'\n\x05\x64raft\x18\x01 \x01(\x0b\x32\x18.paceline.v1.DraftRecord*\xc3\x01\n\nDraftStage\x12\x1b\n\x17\x44RAFT_STAGE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x44RAFT_STAGE_CANDIDATE\x10\x01\x12\x17\n\x13\x44RAFT_STAGE_REFUSED\x10\x02\x12\x16\n\x12\x44RAFT_STAGE_CANARY\x10\x03\x12\x16\n\x12\x44RAFT_STAGE_ACTIVE\x10\x04\x12\x17\n\x13\x44RAFT_STAGE_RETIRED\x10\x05\x12\x1b\n\x17\x44RAFT_STAGE_ROLLED_BACK\x10\x06\x32\x88\x05\n\x0c\x44raftService\x12\x45\n\x06\x41ttend\x12\x1a.paceline.v1.AttendRequest\x1a\x1b.paceline.v1.AttendResponse(\x01\x30\x01\x12O\n\nFetchDraft\x12\x1e.paceline.v1.FetchDraftRequest\x1a\x1f.paceline.v1.FetchDraftResponse0\x01\x12M\n\nListDrafts\x12\x1e.paceline.v1.ListDraftsRequest\x1a\x1f.paceline.v1.ListDraftsResponse\x12G\n\x08GetDraft\x12\x1c.paceline.v1.GetDraftRequest\x1a\x1d.paceline.v1.GetDraftResponse\x12O\n\nOfferDraft\x12\x1e.paceline.v1.OfferDraftRequest\x1a\x1f.paceline.v1.OfferDraftResponse(\x01\x12V\n\rRollbackDraft\x12!.paceline.v1.RollbackDraftRequest\x1a\".paceline.v1.RollbackDraftResponse\x12G\n\x08PinDraft\x12\x1c.paceline.v1.PinDraftRequest\x1a\x1d.paceline.v1.PinDraftResponse\x12V\n\rRemoveDrafter\x12!.paceline.v1.RemoveDrafterRequest\x1a\".paceline.v1.RemoveDrafterResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'paceline.v1.drafts_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DRAFTSTAGE']._serialized_start=2095
-  _globals['_DRAFTSTAGE']._serialized_end=2290
+  _globals['_DRAFTSTAGE']._serialized_start=2216
+  _globals['_DRAFTSTAGE']._serialized_end=2411
   _globals['_ATTENDREQUEST']._serialized_start=69
   _globals['_ATTENDREQUEST']._serialized_end=265
   _globals['_SLACK']._serialized_start=268
@@ -57,27 +57,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DRAFTDECISION']._serialized_start=1064
   _globals['_DRAFTDECISION']._serialized_end=1165
   _globals['_DRAFTRECORD']._serialized_start=1168
-  _globals['_DRAFTRECORD']._serialized_end=1507
-  _globals['_LISTDRAFTSREQUEST']._serialized_start=1509
-  _globals['_LISTDRAFTSREQUEST']._serialized_end=1545
-  _globals['_LISTDRAFTSRESPONSE']._serialized_start=1547
-  _globals['_LISTDRAFTSRESPONSE']._serialized_end=1609
-  _globals['_GETDRAFTREQUEST']._serialized_start=1611
-  _globals['_GETDRAFTREQUEST']._serialized_end=1645
-  _globals['_GETDRAFTRESPONSE']._serialized_start=1647
-  _globals['_GETDRAFTRESPONSE']._serialized_end=1706
-  _globals['_OFFERDRAFTREQUEST']._serialized_start=1708
-  _globals['_OFFERDRAFTREQUEST']._serialized_end=1791
-  _globals['_OFFERDRAFTRESPONSE']._serialized_start=1793
-  _globals['_OFFERDRAFTRESPONSE']._serialized_end=1854
-  _globals['_ROLLBACKDRAFTREQUEST']._serialized_start=1856
-  _globals['_ROLLBACKDRAFTREQUEST']._serialized_end=1912
-  _globals['_ROLLBACKDRAFTRESPONSE']._serialized_start=1914
-  _globals['_ROLLBACKDRAFTRESPONSE']._serialized_end=1978
-  _globals['_PINDRAFTREQUEST']._serialized_start=1980
-  _globals['_PINDRAFTREQUEST']._serialized_end=2031
-  _globals['_PINDRAFTRESPONSE']._serialized_start=2033
-  _globals['_PINDRAFTRESPONSE']._serialized_end=2092
-  _globals['_DRAFTSERVICE']._serialized_start=2293
-  _globals['_DRAFTSERVICE']._serialized_end=2853
+  _globals['_DRAFTRECORD']._serialized_end=1521
+  _globals['_LISTDRAFTSREQUEST']._serialized_start=1523
+  _globals['_LISTDRAFTSREQUEST']._serialized_end=1559
+  _globals['_LISTDRAFTSRESPONSE']._serialized_start=1561
+  _globals['_LISTDRAFTSRESPONSE']._serialized_end=1623
+  _globals['_GETDRAFTREQUEST']._serialized_start=1625
+  _globals['_GETDRAFTREQUEST']._serialized_end=1659
+  _globals['_GETDRAFTRESPONSE']._serialized_start=1661
+  _globals['_GETDRAFTRESPONSE']._serialized_end=1720
+  _globals['_OFFERDRAFTREQUEST']._serialized_start=1722
+  _globals['_OFFERDRAFTREQUEST']._serialized_end=1805
+  _globals['_OFFERDRAFTRESPONSE']._serialized_start=1807
+  _globals['_OFFERDRAFTRESPONSE']._serialized_end=1868
+  _globals['_ROLLBACKDRAFTREQUEST']._serialized_start=1870
+  _globals['_ROLLBACKDRAFTREQUEST']._serialized_end=1926
+  _globals['_ROLLBACKDRAFTRESPONSE']._serialized_start=1928
+  _globals['_ROLLBACKDRAFTRESPONSE']._serialized_end=1992
+  _globals['_PINDRAFTREQUEST']._serialized_start=1994
+  _globals['_PINDRAFTREQUEST']._serialized_end=2045
+  _globals['_PINDRAFTRESPONSE']._serialized_start=2047
+  _globals['_PINDRAFTRESPONSE']._serialized_end=2106
+  _globals['_REMOVEDRAFTERREQUEST']._serialized_start=2108
+  _globals['_REMOVEDRAFTERREQUEST']._serialized_end=2147
+  _globals['_REMOVEDRAFTERRESPONSE']._serialized_start=2149
+  _globals['_REMOVEDRAFTERRESPONSE']._serialized_end=2213
+  _globals['_DRAFTSERVICE']._serialized_start=2414
+  _globals['_DRAFTSERVICE']._serialized_end=3062
 # @@protoc_insertion_point(module_scope)

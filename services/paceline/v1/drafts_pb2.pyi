@@ -148,7 +148,7 @@ class DraftDecision(_message.Message):
     def __init__(self, at_s: _Optional[float] = ..., stage: _Optional[_Union[DraftStage, str]] = ..., reason: _Optional[str] = ..., detail: _Optional[str] = ...) -> None: ...
 
 class DraftRecord(_message.Message):
-    __slots__ = ("version", "digest", "number", "drafter", "parent", "created_s", "stage", "is_floor", "is_pinned", "num_bytes", "num_samples", "num_tokens", "scores", "decisions")
+    __slots__ = ("version", "digest", "number", "drafter", "parent", "created_s", "stage", "is_floor", "is_pinned", "num_bytes", "num_samples", "num_tokens", "scores", "decisions", "rank")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
@@ -163,6 +163,7 @@ class DraftRecord(_message.Message):
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SCORES_FIELD_NUMBER: _ClassVar[int]
     DECISIONS_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
     version: str
     digest: str
     number: int
@@ -177,7 +178,8 @@ class DraftRecord(_message.Message):
     num_tokens: int
     scores: _containers.RepeatedCompositeFieldContainer[DraftScore]
     decisions: _containers.RepeatedCompositeFieldContainer[DraftDecision]
-    def __init__(self, version: _Optional[str] = ..., digest: _Optional[str] = ..., number: _Optional[int] = ..., drafter: _Optional[str] = ..., parent: _Optional[str] = ..., created_s: _Optional[float] = ..., stage: _Optional[_Union[DraftStage, str]] = ..., is_floor: _Optional[bool] = ..., is_pinned: _Optional[bool] = ..., num_bytes: _Optional[int] = ..., num_samples: _Optional[int] = ..., num_tokens: _Optional[int] = ..., scores: _Optional[_Iterable[_Union[DraftScore, _Mapping]]] = ..., decisions: _Optional[_Iterable[_Union[DraftDecision, _Mapping]]] = ...) -> None: ...
+    rank: int
+    def __init__(self, version: _Optional[str] = ..., digest: _Optional[str] = ..., number: _Optional[int] = ..., drafter: _Optional[str] = ..., parent: _Optional[str] = ..., created_s: _Optional[float] = ..., stage: _Optional[_Union[DraftStage, str]] = ..., is_floor: _Optional[bool] = ..., is_pinned: _Optional[bool] = ..., num_bytes: _Optional[int] = ..., num_samples: _Optional[int] = ..., num_tokens: _Optional[int] = ..., scores: _Optional[_Iterable[_Union[DraftScore, _Mapping]]] = ..., decisions: _Optional[_Iterable[_Union[DraftDecision, _Mapping]]] = ..., rank: _Optional[int] = ...) -> None: ...
 
 class ListDraftsRequest(_message.Message):
     __slots__ = ("drafter",)
@@ -244,6 +246,18 @@ class PinDraftRequest(_message.Message):
     def __init__(self, drafter: _Optional[str] = ..., version: _Optional[str] = ...) -> None: ...
 
 class PinDraftResponse(_message.Message):
+    __slots__ = ("draft",)
+    DRAFT_FIELD_NUMBER: _ClassVar[int]
+    draft: DraftRecord
+    def __init__(self, draft: _Optional[_Union[DraftRecord, _Mapping]] = ...) -> None: ...
+
+class RemoveDrafterRequest(_message.Message):
+    __slots__ = ("drafter",)
+    DRAFTER_FIELD_NUMBER: _ClassVar[int]
+    drafter: str
+    def __init__(self, drafter: _Optional[str] = ...) -> None: ...
+
+class RemoveDrafterResponse(_message.Message):
     __slots__ = ("draft",)
     DRAFT_FIELD_NUMBER: _ClassVar[int]
     draft: DraftRecord

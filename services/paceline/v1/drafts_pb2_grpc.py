@@ -70,6 +70,11 @@ class DraftServiceStub:
                 request_serializer=paceline_dot_v1_dot_drafts__pb2.PinDraftRequest.SerializeToString,
                 response_deserializer=paceline_dot_v1_dot_drafts__pb2.PinDraftResponse.FromString,
                 _registered_method=True)
+        self.RemoveDrafter = channel.unary_unary(
+                '/paceline.v1.DraftService/RemoveDrafter',
+                request_serializer=paceline_dot_v1_dot_drafts__pb2.RemoveDrafterRequest.SerializeToString,
+                response_deserializer=paceline_dot_v1_dot_drafts__pb2.RemoveDrafterResponse.FromString,
+                _registered_method=True)
 
 
 class DraftServiceServicer:
@@ -125,6 +130,13 @@ class DraftServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RemoveDrafter(self, request, context):
+        """Takes a drafter out of the bank: no worker drafts with any version of it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DraftServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -162,6 +174,11 @@ def add_DraftServiceServicer_to_server(servicer, server):
                     servicer.PinDraft,
                     request_deserializer=paceline_dot_v1_dot_drafts__pb2.PinDraftRequest.FromString,
                     response_serializer=paceline_dot_v1_dot_drafts__pb2.PinDraftResponse.SerializeToString,
+            ),
+            'RemoveDrafter': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveDrafter,
+                    request_deserializer=paceline_dot_v1_dot_drafts__pb2.RemoveDrafterRequest.FromString,
+                    response_serializer=paceline_dot_v1_dot_drafts__pb2.RemoveDrafterResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -354,6 +371,33 @@ class DraftService:
             '/paceline.v1.DraftService/PinDraft',
             paceline_dot_v1_dot_drafts__pb2.PinDraftRequest.SerializeToString,
             paceline_dot_v1_dot_drafts__pb2.PinDraftResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveDrafter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/paceline.v1.DraftService/RemoveDrafter',
+            paceline_dot_v1_dot_drafts__pb2.RemoveDrafterRequest.SerializeToString,
+            paceline_dot_v1_dot_drafts__pb2.RemoveDrafterResponse.FromString,
             options,
             channel_credentials,
             insecure,

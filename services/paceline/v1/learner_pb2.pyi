@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class LearnerCommand(_message.Message):
-    __slots__ = ("command_id", "feed", "grant", "pause", "judge", "export", "reset", "save")
+    __slots__ = ("command_id", "feed", "grant", "pause", "judge", "export", "reset", "save", "specialise")
     COMMAND_ID_FIELD_NUMBER: _ClassVar[int]
     FEED_FIELD_NUMBER: _ClassVar[int]
     GRANT_FIELD_NUMBER: _ClassVar[int]
@@ -16,6 +16,7 @@ class LearnerCommand(_message.Message):
     EXPORT_FIELD_NUMBER: _ClassVar[int]
     RESET_FIELD_NUMBER: _ClassVar[int]
     SAVE_FIELD_NUMBER: _ClassVar[int]
+    SPECIALISE_FIELD_NUMBER: _ClassVar[int]
     command_id: int
     feed: FeedSamples
     grant: GrantTraining
@@ -24,7 +25,8 @@ class LearnerCommand(_message.Message):
     export: ExportDraft
     reset: ResetLearner
     save: SaveLearner
-    def __init__(self, command_id: _Optional[int] = ..., feed: _Optional[_Union[FeedSamples, _Mapping]] = ..., grant: _Optional[_Union[GrantTraining, _Mapping]] = ..., pause: _Optional[_Union[PauseTraining, _Mapping]] = ..., judge: _Optional[_Union[JudgeDrafts, _Mapping]] = ..., export: _Optional[_Union[ExportDraft, _Mapping]] = ..., reset: _Optional[_Union[ResetLearner, _Mapping]] = ..., save: _Optional[_Union[SaveLearner, _Mapping]] = ...) -> None: ...
+    specialise: SpecialiseDraft
+    def __init__(self, command_id: _Optional[int] = ..., feed: _Optional[_Union[FeedSamples, _Mapping]] = ..., grant: _Optional[_Union[GrantTraining, _Mapping]] = ..., pause: _Optional[_Union[PauseTraining, _Mapping]] = ..., judge: _Optional[_Union[JudgeDrafts, _Mapping]] = ..., export: _Optional[_Union[ExportDraft, _Mapping]] = ..., reset: _Optional[_Union[ResetLearner, _Mapping]] = ..., save: _Optional[_Union[SaveLearner, _Mapping]] = ..., specialise: _Optional[_Union[SpecialiseDraft, _Mapping]] = ...) -> None: ...
 
 class LearnerEvent(_message.Message):
     __slots__ = ("ready", "progress", "judged", "exported", "done", "failed")
@@ -69,14 +71,16 @@ class PauseTraining(_message.Message):
     def __init__(self) -> None: ...
 
 class JudgeDrafts(_message.Message):
-    __slots__ = ("incumbent", "candidate", "is_own")
+    __slots__ = ("incumbent", "candidate", "domain", "is_own")
     INCUMBENT_FIELD_NUMBER: _ClassVar[int]
     CANDIDATE_FIELD_NUMBER: _ClassVar[int]
+    DOMAIN_FIELD_NUMBER: _ClassVar[int]
     IS_OWN_FIELD_NUMBER: _ClassVar[int]
     incumbent: str
     candidate: str
+    domain: str
     is_own: bool
-    def __init__(self, incumbent: _Optional[str] = ..., candidate: _Optional[str] = ..., is_own: _Optional[bool] = ...) -> None: ...
+    def __init__(self, incumbent: _Optional[str] = ..., candidate: _Optional[str] = ..., domain: _Optional[str] = ..., is_own: _Optional[bool] = ...) -> None: ...
 
 class ExportDraft(_message.Message):
     __slots__ = ("directory",)
@@ -89,6 +93,20 @@ class ResetLearner(_message.Message):
     DIRECTORY_FIELD_NUMBER: _ClassVar[int]
     directory: str
     def __init__(self, directory: _Optional[str] = ...) -> None: ...
+
+class SpecialiseDraft(_message.Message):
+    __slots__ = ("base", "domain", "rank", "num_steps", "directory")
+    BASE_FIELD_NUMBER: _ClassVar[int]
+    DOMAIN_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
+    DIRECTORY_FIELD_NUMBER: _ClassVar[int]
+    base: str
+    domain: str
+    rank: int
+    num_steps: int
+    directory: str
+    def __init__(self, base: _Optional[str] = ..., domain: _Optional[str] = ..., rank: _Optional[int] = ..., num_steps: _Optional[int] = ..., directory: _Optional[str] = ...) -> None: ...
 
 class SaveLearner(_message.Message):
     __slots__ = ()

@@ -66,7 +66,7 @@ class WorkerSettings(ServiceSettings):
     verifier: Literal["coupled", "rejection"] = "coupled"
     """`coupled`: tokens are those that come without speculation. `rejection`: equal in
     distribution only, for requests without a seed; those with one stay coupled."""
-    capture_share: float = Field(default=0.005, ge=0, le=0.5)
+    capture_share: float = Field(default=0.008, ge=0, le=0.5)
     """Share of the time of steps that may go into capturing samples for the trainer; 0 captures
     nothing. Prefill workers never capture, and no worker a request that forbids it."""
     capture_top: int = Field(default=32, ge=1, le=1024)

@@ -72,6 +72,23 @@ async def test_an_operator_offers_lists_shows_pins_and_rolls_back(rig: Rig, tmp_
     assert not (await answer("unpin", *at))["is_pinned"]
 
 
+async def test_an_operator_brings_in_a_draft_for_one_domain_and_removes_it(
+    rig: Rig, tmp_path: Path
+) -> None:
+    at = ("--endpoint", rig.address)
+    draft = make_draft(tmp_path / "draft", 1)
+    member = ("--drafter", "model:code")
+    offered = await answer("offer", str(draft), *member, "--force", *at)
+    assert (offered["stage"], offered["drafter"], offered["rank"]) == ("active", "model:code", 0)
+    assert await answer("list", *member, *at) == [offered]
+    assert len(await answer("list", *at)) == 2
+    assert [entry.drafter for entry in rig.attendants.plan or ()] == ["model", "model:code"]
+    removed = await answer("remove", "model:code", *at)
+    assert (removed["version"], removed["stage"]) == (offered["version"], "rolled-back")
+    assert [entry.drafter for entry in rig.attendants.plan or ()] == ["model"]
+    assert (await answer("pin", offered["version"], *member, *at))["is_pinned"]
+
+
 async def test_tables_name_what_matters(rig: Rig, tmp_path: Path) -> None:
     at = ("--endpoint", rig.address)
     floor = rig.registry.floor()
@@ -99,6 +116,9 @@ async def test_troubles_are_one_line_with_a_reason(rig: Rig, tmp_path: Path) -> 
         (("rollback", *at), "FAILED_PRECONDITION"),
         (("pin", "0" * 12, *at), "draft-not-found"),
         (("rollback", "--drafter", "no such", *at), "INVALID_ARGUMENT"),
+        (("remove", "model", *at), "no-member"),
+        (("remove", "model:none", *at), "draft-not-found"),
+        (("remove", "code", *at), "INVALID_ARGUMENT"),
         (("offer", str(tmp_path / "nothing"), *at), "no checkpoint"),
         (("offer", str(bare), *at), "no safetensors"),
         (("offer", str(torn), *at), "not-a-draft"),

@@ -196,6 +196,20 @@ def test_there_is_a_trainer_where_there_is_a_draft(
     assert roles.count("trainer") <= 1
 
 
+def test_what_learns_decides_what_workers_capture(capsys: pytest.CaptureFixture[str]) -> None:
+    for learn, has_hidden in ((None, False), ("model", False), ("medusa", True)):
+        fleet = plan(replace(OPTIONS, draft="/drafts/a", learn=learn))
+        (trainer,) = fleet.trainers
+        assert settings_of(trainer, TrainerSettings).model_dump()["learn"] == (learn or "model")
+        decode = settings_of(fleet.workers[-1], WorkerSettings)
+        assert isinstance(decode, WorkerSettings)
+        assert decode.engine_options().capture_hidden == has_hidden
+        assert decode.engine_options().capture_share > 0
+    with pytest.raises(SystemExit):
+        TrainerSettings.load(["--model", "m", "--learn", "medusa", "--no-training"])
+    assert "nothing learns without training" in capsys.readouterr().err
+
+
 def test_the_trainer_gets_the_draft_and_one_thread() -> None:
     options = replace(OPTIONS, draft="/drafts/a", draft_registry=Path("/registry"), threads=4)
     (spec,) = plan(options).trainers

@@ -16,7 +16,7 @@ from paceline.cli.ports import free_port, require_free
 from paceline.cli.readiness import raise_if_failing, unready
 from paceline.cli.ready_file import write_ready_file
 from paceline.cli.supervisor import Supervisor
-from paceline.cli.up import find_draft, find_model
+from paceline.cli.up import find_draft, find_learned, find_model
 from paceline.domain.member import Member, Role
 from tests.checkpoints import DEMO
 from tests.unit.cli.conftest import python_child
@@ -143,6 +143,12 @@ def test_a_draft_is_a_checkpoint_or_none(tmp_path: Path) -> None:
         find_draft(str(tmp_path))
 
 
+def test_what_learns_is_a_model_or_heads() -> None:
+    assert [find_learned(name) for name in (None, "model", "medusa")] == [None, "model", "medusa"]
+    with pytest.raises(CommandError, match="--learn: 'eagle' is neither model nor medusa"):
+        find_learned("eagle")
+
+
 def test_a_free_port_is_accepted_and_so_is_any_port() -> None:
     require_free("127.0.0.1", free_port(), "--grpc-port")
     require_free("127.0.0.1", 0, "--grpc-port")
@@ -176,11 +182,15 @@ def test_up_names_a_redis_that_does_not_answer(tmp_path: Path) -> None:
 
 def test_a_trainer_needs_a_draft(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "paceline.cli", "up", "--model", str(DEMO)]
-    command += ["--trainer", "--draft", "none", "--log-dir", str(tmp_path / "logs")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1
-    assert "--trainer: there is no draft" in done.stderr
-    assert not (tmp_path / "logs").exists()
+    command += ["--draft", "none", "--log-dir", str(tmp_path / "logs")]
+    for flags, why in (
+        (["--trainer"], "--trainer: there is no draft"),
+        (["--learn", "medusa"], "--learn medusa: there is no trainer"),
+    ):
+        done = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 1
+        assert why in done.stderr
+        assert not (tmp_path / "logs").exists()
 
 
 def test_the_command_line_needs_no_torch() -> None:

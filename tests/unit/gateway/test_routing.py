@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from paceline.domain.cost import StepCost
+from paceline.domain.cost import StepCost, StepShape
 from paceline.domain.member import Load, Member, Role
 from paceline.gateway.routing import create_policy
 from paceline.gateway.routing.base import Decision, FleetLoad, RoutingRequest
@@ -20,7 +20,12 @@ POLICY = create_policy("cost")
 
 
 def worker(
-    name: str, role: Role = Role.DECODE, node: str = "n0", cost: StepCost | None = COST, **load: int
+    name: str,
+    role: Role = Role.DECODE,
+    node: str = "n0",
+    cost: StepCost | None = COST,
+    drafters: tuple[str, ...] = (),
+    **load: int,
 ) -> Member:
     return Member(
         id=name,
@@ -31,6 +36,7 @@ def worker(
         node_id=node,
         step_cost=cost,
         prefill_chunk_tokens=256,
+        drafters=drafters,
         load=Load(**load),
     )
 
@@ -47,9 +53,16 @@ def decide(
     holders: dict[str, int] | None = None,
     in_flight: dict[str, int] | None = None,
     pending: dict[str, int] | None = None,
+    max_tokens: int = 0,
+    fitting: tuple[str, ...] = (),
 ) -> Decision:
     request = RoutingRequest(
-        num_tokens=tokens, block_size=16, block_bytes=1 << 20, holders=holders or {}
+        num_tokens=tokens,
+        block_size=16,
+        block_bytes=1 << 20,
+        holders=holders or {},
+        max_tokens=max_tokens,
+        fitting_drafters=frozenset(fitting),
     )
     fleet = FleetLoad(
         prefill=prefills or [],
@@ -159,6 +172,39 @@ def test_who_is_chosen(case: str) -> None:
     assert decision.predicted_ttft_s == min(decision.terms.values())
 
 
+HAS, HAS_NOT = ("model", "model:code"), ("model",)
+STEP_S = COST.step_s(StepShape(rows=1, attended=500))
+CODE: dict[str, Any] = dict(fitting=("model:code",), max_tokens=200)
+
+
+@pytest.mark.parametrize(
+    ("running", "asked", "wanted"),
+    [
+        (0, CODE, "z-has"),
+        (1, CODE, "z-has"),
+        # Seconds of prompt that would be delayed twice count more than any drafter.
+        (9, CODE, "a-has-not"),
+        (0, CODE | dict(fitting=("model:prose",)), "a-has-not"),
+        (0, CODE | dict(fitting=()), "a-has-not"),
+        (0, CODE | dict(max_tokens=0), "a-has-not"),
+    ],
+)
+def test_a_worker_with_a_drafter_for_the_domain_is_preferred(
+    running: int, asked: dict[str, Any], wanted: str
+) -> None:
+    has = worker("z-has", drafters=HAS, num_running=running)
+    decision = decide([worker("a-has-not", drafters=HAS_NOT), has], tokens=500, **asked)
+    assert decision.decode.id == wanted
+    assert decision.predicted_ttft_s == decision.terms[f"->{wanted}"]
+    assert decision.saved_s == (pytest.approx(8 * STEP_S) if wanted == "z-has" else 0.0)
+
+
+def test_what_a_drafter_saves_is_a_tenth_of_the_steps_of_a_short_answer() -> None:
+    for tokens, steps in ((10, 1.0), (50, 5.0), (80, 8.0), (10_000, 8.0)):
+        decision = decide([worker("d", drafters=HAS)], tokens=500, **CODE | {"max_tokens": tokens})
+        assert decision.saved_s == pytest.approx(steps * STEP_S)
+
+
 def test_names_of_policies() -> None:
     with pytest.raises(ValueError, match="known are cost"):
         create_policy("random")
@@ -266,6 +312,29 @@ def test_of_equal_workers_the_near_one_is_chosen(
     decision = decide([far, near], prefills, tokens=tokens, holders=holders)
     if blocks or decision.prefill:
         assert decision.decode.id == "z-near"
+
+
+@settings(max_examples=200, deadline=None)
+@given(situation=situations(), data=st.data(), tokens=st.integers(0, 500))
+def test_a_request_waits_for_a_drafter_no_longer_than_its_bound(
+    situation: dict[str, Any], data: st.DataObject, tokens: int
+) -> None:
+    decode = [
+        replace(member, drafters=data.draw(st.sampled_from([HAS, HAS_NOT])))
+        for member in situation["decode"]
+    ]
+    situation = {**situation, "decode": decode}
+    plain = decide(**situation)
+    decision = decide(**situation, **CODE | {"max_tokens": tokens})
+    assert decision.terms == plain.terms
+    cost = decision.decode.step_cost
+    assert cost is not None
+    alone_s = cost.step_s(StepShape(rows=1, attended=situation["tokens"]))
+    most_s = alone_s * min(0.1 * tokens, 8)
+    assert decision.saved_s <= most_s + 1e-12
+    assert decision.predicted_ttft_s <= plain.predicted_ttft_s + decision.saved_s + 1e-12
+    if decision.decode.id != plain.decode.id:
+        assert decision.decode.drafters == HAS
 
 
 @settings(max_examples=200, deadline=None)

@@ -87,6 +87,20 @@ async def test_a_named_drafter_is_used_by_a_worker_that_has_it(redis: RedisServe
         assert answer.usage[0].migrations == 1
 
 
+async def test_a_domain_goes_to_a_worker_that_holds_its_drafter(redis: RedisServer) -> None:
+    async with Stack(redis.url) as stack:
+        plain = await stack.add(drafters=("trie", "model"))
+        holder = await stack.add(drafters=("trie", "model", "model:code"))
+        for fields in ({"domain": "code"}, {"domain": "code"}, {"domain": "prose"}, {}):
+            await stack.generate(request_for(**fields))
+        domains = [call.spec.domain for call in holder.decode_calls]
+        assert domains[:2] == ["code", "code"] and len(plain.decode_calls) == 2
+        # Who names a drafter, or none, has chosen.
+        await stack.generate(asking("OFF", domain="code"))
+        assert len(plain.decode_calls) == 3
+        assert len(holder.decode_calls) == 2
+
+
 @pytest.mark.parametrize(("mode", "sent"), [("", "AUTO"), ("AUTO", "AUTO"), ("OFF", "OFF")])
 async def test_workers_are_told_the_mode_and_whose_the_seed_is(
     redis: RedisServer, mode: str, sent: str

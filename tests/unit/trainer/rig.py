@@ -18,6 +18,7 @@ from paceline.rpc.channel import open_channel
 from paceline.rpc.draft_codec import entry_from_proto
 from paceline.rpc.server import create_server
 from paceline.trainer.attendants import Attendants
+from paceline.trainer.bank import Bank
 from paceline.trainer.conductor import Conductor
 from paceline.trainer.desk import Desk
 from paceline.trainer.offers import Inbox
@@ -62,7 +63,8 @@ async def trainer_rig(
     attendants = Attendants(metrics)
     desk = Desk(registry, attendants)
     trials = Trials(desk, None, directory / "registry" / "candidates", metrics)
-    conductor = Conductor(attendants, trials, None, "here")
+    bank = Bank(desk, None, directory / "registry" / "candidates", metrics)
+    conductor = Conductor(attendants, trials, bank, None, "here")
     await desk.change(lambda store: store.import_floor(floor))
     incoming = directory / "registry" / "incoming"
     inbox = Inbox(incoming, OFFER_BYTES)

@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paceline.domain.learnings import TokenOrigin
-from paceline.trainer.checkpoint import load_draft
+from paceline.trainer.checkpoint import load_draft, target_head
 from paceline.trainer.compare import compare
 from paceline.trainer.compare_options import CompareOptions, RecordOptions, from_json, to_json
 from paceline.trainer.judging import judge
-from paceline.trainer.recording import origins
+from paceline.trainer.recording import origins, record
 from paceline.trainer.samples import text_of
 from paceline.trainer.stream_file import read_stream, write_stream
 from tests.unit.trainer.traffic import samples_of, small_draft
@@ -147,3 +147,77 @@ def test_options_travel_whole() -> None:
         CompareOptions("s", "d", losses=("a", "b"), minutes=2.0),
     ):
         assert from_json(to_json(options)) == options
+
+
+def test_kinds_of_drafts_are_compared_for_the_same_time(
+    draft: Path, target: Path, tmp_path: Path
+) -> None:
+    samples = samples_of(target, 60, temperature=0.0, domain="a", has_hidden=True)
+    stream = tmp_path / "stream"
+    write_stream(stream, [*samples, replace(samples[0], hidden=b"")])
+    options = CompareOptions(
+        str(stream),
+        str(draft),
+        drafters=("model", "medusa"),
+        target=str(target),
+        depth=3,
+        learning_rates=(5e-3,),
+        seconds=1.0,
+        batch_tokens=256,
+        is_quiet=True,
+    )
+    report = compare(options)
+    model, medusa = report["ways"]
+    assert [way["drafter"] for way in (model, medusa)] == ["model", "medusa"]
+    for way in (model, medusa):
+        assert 1.0 <= way["trained_s"] < 1.5
+        before, after = way["held_out_before"]["chain"], way["held_out_after"]["chain"]
+        assert before["roots"] == after["roots"] > 0
+        assert len(after["acceptance_by_depth"]) == 3
+        assert after["tokens_per_pass"] > before["tokens_per_pass"]
+    assert model["held_out_after"]["chain"]["roots"] == medusa["held_out_after"]["chain"]["roots"]
+    assert (model["left_out"], medusa["left_out"]) == (0, 1)
+    assert medusa["parameters"] == 3 * (64 * 64 + 64)
+    assert model["parameters"] == sum(p.numel() for p in load_draft(draft).parameters())
+    best = max(report["ways"], key=lambda way: way["held_out_after"]["chain"]["tokens_per_pass"])
+    assert report["best"] == best["name"]
+    with pytest.raises(ValueError, match="no drafter 'eagle'; there are model, medusa"):
+        compare(replace(options, drafters=("eagle",)))
+    with pytest.raises(ValueError, match="name one of them"):
+        compare(replace(options, minutes=1.0))
+    write_stream(stream, samples_of(target, 2))
+    with pytest.raises(ValueError, match="no sample has what medusa learns from"):
+        compare(replace(options, drafters=("medusa",)))
+
+
+def test_recorded_hidden_states_are_those_the_target_drew_from(
+    draft: Path, target: Path, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text(json.dumps([{"token_ids": list(range(5, 15)), "domain": "a"}]))
+    options = RecordOptions(
+        str(target),
+        str(draft),
+        str(prompts),
+        str(tmp_path / "stream"),
+        temperatures=(0.0,),
+        max_tokens=90,
+        has_hidden=True,
+        is_quiet=True,
+    )
+    report = record(options)
+    samples = list(read_stream(tmp_path / "stream"))
+    assert report["samples"] == len(samples) >= 1
+    assert samples[0].num_captured == 64 and samples[0].num_context == 10
+    plain = replace(options, has_hidden=False, out=str(tmp_path / "plain"))
+    record(plain)
+    head_VE = target_head(target)
+    without = next(read_stream(tmp_path / "plain"))
+    assert (samples[0].token_ids, samples[0].origins) == (without.token_ids, without.origins)
+    for sample in samples:
+        hidden_NE = torch.from_numpy(np.frombuffer(sample.hidden, "<f2").copy()).view(-1, 64)
+        probs_NV = (hidden_NE.float() @ head_VE.t()).softmax(-1)
+        top_NK = np.frombuffer(sample.top_probs, "<f2").reshape(sample.num_captured, -1)
+        best_N = torch.from_numpy(top_NK[:, 0].astype(np.float32))
+        torch.testing.assert_close(probs_NV.max(-1).values, best_N, rtol=0.02, atol=0.005)
+        assert sample.domain == "a" and sample.temperature == 0.0

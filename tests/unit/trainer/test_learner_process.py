@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -10,7 +11,9 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,9 +23,11 @@ from paceline.domain.errors import (
     InternalError,
     UnavailableError,
 )
+from paceline.engine.spec.drafters.medusa import load_medusa_heads
 from paceline.rpc.draft_codec import sample_from_proto, sample_to_proto
 from paceline.trainer import learner_link
 from paceline.trainer.checkpoint import load_draft
+from paceline.trainer.heads_file import HeadsFile
 from paceline.trainer.learner_link import LearnerLink
 from paceline.trainer.learner_options import LearnerOptions
 from paceline.v1 import samples_pb2
@@ -230,3 +235,44 @@ async def test_what_waits_for_a_stopped_learner_is_bounded(
 def test_the_link_needs_no_torch() -> None:
     code = "import sys, paceline.trainer.learner_link; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
+@dataclass
+class Held:
+    """Whoever keeps a learner, as heads_file.py sees it."""
+
+    learner: LearnerLink
+
+
+async def test_it_learns_heads_and_they_are_written_where_an_engine_finds_them(
+    target: Path, tmp_path: Path
+) -> None:
+    found = samples_of(target, 24, domain="a", has_hidden=True)
+    found += samples_of(target, 2, domain="a")
+    how = LearnerOptions(
+        "", drafter="medusa", target=str(target), num_heads=2, batch_tokens=64, held_out_every=4
+    )
+    out = tmp_path / "heads"
+    async with running(how) as link:
+        keeper: Any = Held(link)
+        heads = HeadsFile(keeper, out, steps=2)
+        await heads.look()
+        assert not out.exists()
+        link.feed([(f"{i}-0", sample_to_proto(s).SerializeToString()) for i, s in enumerate(found)])
+
+        link.grant(threads=1, seconds=60.0)
+        await until(lambda: link.progress.num_steps >= 3, 30.0)
+        await link.pause()
+        assert link.progress.num_samples == 24 and link.progress.num_corrupt == 0
+        await heads.look()
+        learned, version = load_medusa_heads(out, target)
+        assert learned.num_heads == 2
+        await heads.look()
+        assert load_medusa_heads(out, target)[1] == version
+        # The gate's questions are answered for heads, too.
+        await link.reset(str(out))
+        link.grant(threads=1, seconds=60.0)
+        (domain,) = await link.judge(str(out))
+        assert all(s.candidate.overlap == s.incumbent.overlap for s in domain.samples)
+    learned_card = json.loads((out / "paceline_draft.json").read_text("utf-8"))["learned"]
+    assert learned_card["num_left_out"] == 2

@@ -6,6 +6,7 @@ import json
 import logging
 import resource
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -467,11 +468,23 @@ def test_records_survive_the_wire_and_json(bench: Bench) -> None:
     assert record.scores == scores
     assert record_from_proto(record_to_proto(record)) == record
     assert record_from_json(json.loads(json.dumps(record_to_json(record)))) == record
+    ranked = replace(record, rank=8)
+    assert record_from_proto(record_to_proto(ranked)) == ranked
+    values = json.loads(json.dumps(record_to_json(ranked)))
+    assert record_from_json(values) == ranked
+    del values["rank"]
+    assert record_from_json(values) == record, "written before there were ranks"
     unknown = record_to_proto(record)
     unknown.stage = 99  # type: ignore[assignment]
     with pytest.raises(ValueError, match="99"):
         record_from_proto(unknown)
-    for name, value in (("number", "1"), ("number", -1), ("stage", "lost"), ("digest", 5)):
+    for name, value in (
+        ("number", "1"),
+        ("number", -1),
+        ("stage", "lost"),
+        ("digest", 5),
+        ("rank", "8"),
+    ):
         with pytest.raises((ValueError, TypeError)):
             record_from_json({**record_to_json(record), name: value})
 

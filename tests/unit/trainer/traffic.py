@@ -34,18 +34,20 @@ def samples_of(
     seed: int = 0,
     domain: str = "",
     low: int = 0,
+    has_hidden: bool = False,
 ) -> list[Sample]:
     """Let a target continue random contexts of tokens from `low` on."""
     model = load_draft(target)
     generator = torch.Generator().manual_seed(seed)
     vocab = model.shape.vocab_size
     tokens = torch.randint(low, vocab, (count, num_context), generator=generator)
-    distributions = []
+    distributions, states = [], []
     for _ in range(num_captured):
         length = tokens.shape[1]
         positions = torch.arange(length).expand(count, -1)
         visible = torch.ones(count, length, length, dtype=torch.bool).tril()
-        logits = model.logits(model(tokens, positions, visible)[:, -1])
+        states.append(model(tokens, positions, visible)[:, -1])
+        logits = model.logits(states[-1])
         distributions.append(logits.softmax(-1))
         if temperature == 0.0:
             drawn = logits.argmax(-1, keepdim=True)
@@ -54,6 +56,7 @@ def samples_of(
         tokens = torch.cat((tokens, drawn), dim=1)
     probs, ids = torch.stack(distributions, dim=1).topk(top)
     probs_NK, ids_NK = probs.numpy(), ids.numpy()
+    hidden_SNE = torch.stack(states, dim=1).numpy().astype("<f2")
     origins = np.resize(np.array([1, 1, 2, 1, 3, 0], np.uint8), num_captured)
     return [
         Sample(
@@ -69,6 +72,7 @@ def samples_of(
             top_probs=probs_NK[i].astype("<f2").tobytes(),
             tail_mass=(1 - probs_NK[i].sum(-1)).clip(0).astype("<f2").tobytes(),
             origins=origins.tobytes(),
+            hidden=hidden_SNE[i].tobytes() if has_hidden else b"",
         )
         for i in range(count)
     ]

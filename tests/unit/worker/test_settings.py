@@ -15,7 +15,7 @@ def options(*flags: str, model: Path | str = "m") -> EngineOptions:
 
 
 def test_defaults_are_those_of_the_engine() -> None:
-    assert options("--role", "decode") == EngineOptions(model="m", capture_share=0.005)
+    assert options("--role", "decode") == EngineOptions(model="m", capture_share=0.008)
 
 
 def test_flags_reach_the_engine_and_its_process() -> None:

@@ -53,7 +53,7 @@ std::vector<float> floats(const float* p, int n) {
 extern "C" {
 
 // Changes whenever a signature or a structure here does.
-int pl_interface() { return 4; }
+int pl_interface() { return 5; }
 
 const char* pl_isa() { return table().name; }
 
@@ -178,6 +178,16 @@ void pl_candidates(const CandidatesCall* call) {
   held->run([&](int) {
     for (int r; (r = held->next_task()) < call->rows;) ops.candidates_row(*call, r);
   });
+}
+
+// By the caller alone: it is for samples, whose cost is to be the same whatever else the machine
+// does. `out` has ids [P, K], behind them probs [P, K], behind them tails [P].
+void pl_likeliest(const float* logits, int64_t vocab, const int64_t* places, int64_t count,
+                  int64_t top, void* out) {
+  int32_t* ids = static_cast<int32_t*>(out);
+  _Float16* probs = reinterpret_cast<_Float16*>(ids + count * top);
+  const LikeliestCall call{logits, vocab, places, top, ids, probs, probs + count * top};
+  for (int64_t p = 0; p < count; ++p) table().likeliest_row(call, p);
 }
 
 // ---- decoder ---------------------------------------------------------------------------------

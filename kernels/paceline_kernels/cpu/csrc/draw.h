@@ -1,7 +1,7 @@
 // What calls that draw are given and where they write: one for the tokens of a step, one for the
-// candidates of a draft.
+// candidates of a draft, one for the distributions that tokens were drawn from.
 //
-// Shape legend: R rows, V vocabulary, K wanted log-probabilities.
+// Shape legend: R rows, V vocabulary, K wanted log-probabilities or named tokens, P places.
 #pragma once
 
 #include <cstdint>
@@ -64,6 +64,16 @@ struct CandidatesCall {
   const int64_t* lanes;       // [R] noise of a row's own draws; negative: it guesses the target's
   int64_t most;               // candidates of a row, 1 to kMostBest
   CandidatesRow* out;         // [R]
+};
+
+struct LikeliestCall {
+  const float* logits;        // [R, V]
+  int64_t vocab;
+  const int64_t* places;      // [P] rows
+  int64_t top;                // K, 1 to V
+  int32_t* ids;               // [P, K] best first, of equal ones the lower tokens first
+  _Float16* probs;            // [P, K]
+  _Float16* tails;            // [P] mass of all others
 };
 
 }  // namespace paceline

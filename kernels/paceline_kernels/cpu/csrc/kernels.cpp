@@ -1,6 +1,7 @@
 // Compiled once per instruction set, with PACELINE_ISA set to its name.
 #include "attention.h"
 #include "candidates.h"
+#include "likeliest.h"
 #include "product.h"
 #include "rows.h"
 #include "table.h"
@@ -129,6 +130,7 @@ const Table table = {
     },
     .draw_row = draw_row,
     .candidates_row = candidates_row,
+    .likeliest_row = likeliest_row,
 };
 
 }  // namespace PACELINE_ISA

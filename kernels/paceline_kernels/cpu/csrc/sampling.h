@@ -197,6 +197,15 @@ inline void truncate(const Scaled& row, const DrawRow& p, DrawScratch& s) {
   });
 }
 
+// What a row with logits of +inf comes to: all others are impossible. In the scratch's row, which
+// may be the one that is given.
+inline const float* limit(const float* x, int vocab, DrawScratch& s) {
+  if (int(s.row.size()) < whole_lanes(vocab)) s.row.resize(whole_lanes(vocab));
+  const auto of = [](float l) { return l == INFINITY ? 0 : -INFINITY; };
+  std::transform(x, x + vocab, s.row.data(), of);
+  return s.row.data();
+}
+
 inline int draw_token(const float* logits, int vocab, const DrawRow& p, const int64_t* seen) {
   DrawScratch& s = draw_scratch();
   const float* x = processed(logits, vocab, p, seen, s);
@@ -204,10 +213,7 @@ inline int draw_token(const float* logits, int vocab, const DrawRow& p, const in
   if (!best.is_drawable) return -1;
   if (p.temperature == 0.0) return best.token;
   if (best.value == INFINITY) {
-    // All others are impossible then.
-    const auto limit = [](float l) { return l == INFINITY ? 0 : -INFINITY; };
-    std::transform(x, x + vocab, s.row.data(), limit);
-    x = s.row.data();
+    x = limit(x, vocab, s);
     best.value = 0;
   }
   const Scaled row{x, vocab, best.value, float(std::max(p.temperature, double(FLT_MIN)))};

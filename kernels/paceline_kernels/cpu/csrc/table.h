@@ -48,6 +48,7 @@ struct Table {
                       float* partials, float* out, ptrdiff_t out_stride, ThreadScratch&);
   void (*draw_row)(const DrawCall&, int64_t row);
   void (*candidates_row)(const CandidatesCall&, int64_t row);
+  void (*likeliest_row)(const LikeliestCall&, int64_t place);
 };
 
 // The best table this machine runs, or the named one ("portable", "avx2", "avx512", "amx");

@@ -1,4 +1,7 @@
-"""`paceline bench training`: which way of online learning brings most acceptance, on one stream."""
+"""`paceline bench training`: which way of online learning brings most acceptance, on one stream.
+
+Also which kind of draft: a small model and Medusa heads, trained for the same time.
+"""
 
 from __future__ import annotations
 
@@ -39,6 +42,19 @@ def training(
         Path | None,
         typer.Option(help="Draft model; the model's own draft/ by default.", show_default=False),
     ] = None,
+    drafter: Annotated[
+        str, typer.Option(help="Drafts to compare, by commas: model, medusa.")
+    ] = "model",
+    heads: Annotated[
+        Path | None,
+        typer.Option(
+            help="Medusa heads to start from; by default ones that have learned nothing.",
+            show_default=False,
+        ),
+    ] = None,
+    depth: Annotated[
+        int, typer.Option(min=1, max=16, help="Tokens of judged chains; heads of a new set.")
+    ] = 4,
     losses: Annotated[str, typer.Option(help="Losses to compare, by commas.")] = (
         "forward-kl,lk,total-variation"
     ),
@@ -55,6 +71,23 @@ def training(
     ratio: Annotated[
         float, typer.Option(min=0.0, help="Tokens learned for each one that arrives.")
     ] = 2.0,
+    seconds: Annotated[
+        float | None,
+        typer.Option(
+            min=0.01, help="Training time of each way, instead of --ratio.", show_default=False
+        ),
+    ] = None,
+    batch_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=16,
+            help="Tokens behind one optimiser step; by default what is usual for each draft.",
+            show_default=False,
+        ),
+    ] = None,
+    hidden: Annotated[
+        bool, typer.Option("--hidden", help="For --record: hidden states too, for heads.")
+    ] = False,
     temperatures: Annotated[
         str, typer.Option(help="For --record: of the answers, in turn.")
     ] = "0,0.6,1",
@@ -92,6 +125,7 @@ def training(
                         out=str(record),
                         temperatures=_numbers("temperatures", temperatures),
                         max_tokens=max_tokens,
+                        has_hidden=hidden,
                         dtype=dtype,
                         threads=num_threads,
                         seed=seed,
@@ -103,11 +137,17 @@ def training(
                 CompareOptions(
                     stream=str(stream),
                     draft=own,
+                    drafters=tuple(drafter.split(",")),
+                    target=str(directory),
+                    heads="" if heads is None else str(heads),
+                    depth=depth,
                     losses=tuple(losses.split(",")),
                     positions=tuple(positions.split(",")),
                     learning_rates=_numbers("rates", rates),
                     minutes=minutes,
                     learned_ratio=ratio,
+                    seconds=seconds,
+                    batch_tokens=batch_tokens,
                     threads=num_threads,
                     seed=seed,
                     is_quiet=as_json,

@@ -26,7 +26,7 @@ from paceline.engine.events import EngineEvent, FailedEvent, LearningsEvent, Out
 from paceline.engine.options import EngineOptions
 
 _OFF = "OFF"
-_CAPTURE_SHARE = 0.005
+_CAPTURE_SHARE = 0.008
 """As workers have it by default."""
 _CURVE_NODES = (1, 2, 4, 8, 16, 32)
 _CURVE_CONTEXT = 256

@@ -23,7 +23,13 @@ from pathlib import Path
 
 import torch
 
-from paceline.domain.drafts import MODEL_DRAFTER, DraftState, HeldDraft, StagedDraft
+from paceline.domain.drafts import (
+    MAX_DRAFTERS,
+    MODEL_DRAFTER,
+    DraftState,
+    HeldDraft,
+    StagedDraft,
+)
 from paceline.engine.models.config import UnsupportedModelError
 from paceline.engine.spec.drafters.model import DraftModel, DraftModelOptions, load_draft_model
 from paceline.engine.spec.drafters.versions import Staged, VersionedDrafter, stage
@@ -32,9 +38,6 @@ from paceline.engine.spec.speculator import Speculator
 from paceline.engine.weights import load_tensors
 
 logger = logging.getLogger(__name__)
-
-MAX_DRAFTERS = 8
-"""Names that models can draft under at a time; each is an arm or two of the controller."""
 
 MAX_VERSIONS = 4
 """Versions of one drafter at a time."""

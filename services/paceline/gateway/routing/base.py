@@ -19,6 +19,10 @@ class RoutingRequest:
     block_bytes: int
     holders: Mapping[str, int]
     """KV node id -> leading blocks it holds."""
+    max_tokens: int = 0
+    """Tokens that it may still bring, over all outputs."""
+    fitting_drafters: frozenset[str] = frozenset()
+    """Drafters that were made for text like its; empty where it does not matter who drafts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +53,9 @@ class Decision:
     predicted_ttft_s: float
     terms: Mapping[str, float]
     """Candidate pair "prefill>decode" -> predicted seconds."""
+    saved_s: float = 0.0
+    """Decode seconds that a fitting drafter of the chosen worker is taken to save: what the pair
+    may have been slower than the best by."""
 
 
 class RoutingPolicy(Protocol):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+from paceline.domain.drafts import is_label, member_name
 from paceline.domain.errors import UnavailableError
 from paceline.domain.member import Member, Role
 from paceline.gateway.context import RequestContext
@@ -44,6 +45,8 @@ class RouteStep:
                 block_size=model.block_size,
                 block_bytes=model.block_bytes,
                 holders=ctx.holders,
+                max_tokens=_max_tokens(ctx),
+                fitting_drafters=fitting_drafters(ctx),
             ),
             FleetLoad(
                 prefill=[] if is_resumed else fleet.workers(Role.PREFILL, model.kv_root),
@@ -65,6 +68,7 @@ class RouteStep:
                 "decode": decision.decode.id,
                 "predicted_ttft_s": decision.predicted_ttft_s,
                 "terms_s": dict(decision.terms),
+                "saved_s": decision.saved_s,
                 "holders": ctx.holders,
             }
             logger.debug("routed", extra={"fields": fields})
@@ -87,6 +91,25 @@ class RouteStep:
             ctx.remaining_s()
             raise UnavailableError("no decode worker is ready")
         return found
+
+
+def fitting_drafters(ctx: RequestContext) -> frozenset[str]:
+    """Return the names of drafters for the request's domain or tenant; none where it chose."""
+    spec = ctx.tokens()
+    if spec.speculation != "AUTO":
+        return frozenset()
+    labels = (spec.domain, ctx.tenant)
+    return frozenset(member_name(label) for label in labels if is_label(label))
+
+
+def _max_tokens(ctx: RequestContext) -> int:
+    """Return how many tokens all outputs together may still bring."""
+    left = (
+        ctx.tokens().max_tokens - len(output.token_ids)
+        for output in ctx.outputs
+        if output.finish_reason is None
+    )
+    return sum(left)
 
 
 def kv_sources(fleet: FleetView, ctx: RequestContext, first: Member | None) -> list[str]:

@@ -308,20 +308,30 @@ def test_hidden_states_are_those_behind_the_tokens(target: Path) -> None:
     assert np.abs(hidden_NE - expected_NE).max() < 1e-2 * np.abs(expected_NE).max()
 
 
-def test_a_whole_vocabulary_may_be_named() -> None:
-    ids_PK = recording.likeliest(torch.randn(3, 40), 40).ids_PK
-    assert [sorted(row) for row in ids_PK.tolist()] == [list(range(40))] * 3
+@pytest.mark.parametrize("has_kernels", [True, False])
+def test_a_whole_vocabulary_may_be_named(
+    monkeypatch: pytest.MonkeyPatch, has_kernels: bool
+) -> None:
+    if not has_kernels:
+        monkeypatch.setattr(recording, "has_cpp_kernels", lambda: False)
+    found = recording.name_likeliest(torch.randn(3, 40), [2, 0], 40)
+    ids_PK = np.frombuffer(found.ids_PK, "<i4").reshape(2, 40)
+    assert [sorted(row) for row in ids_PK.tolist()] == [list(range(40))] * 2
 
 
 @pytest.mark.parametrize("has_kernels", [True, False])
 def test_likeliest_is_softmax(monkeypatch: pytest.MonkeyPatch, has_kernels: bool) -> None:
     if not has_kernels:
         monkeypatch.setattr(recording, "has_cpp_kernels", lambda: False)
-    logits_PV = torch.randn(5, VOCAB) * 4
-    logits_PV[1, 5:] = float("-inf")
-    found = recording.likeliest(logits_PV, 8)
-    best = logits_PV.double().softmax(dim=-1).topk(8, dim=-1)
-    assert np.abs(found.probs_PK - best.values.numpy()).max() < 1e-3
-    assert np.abs(found.tail_P - (1 - best.values.sum(dim=-1).numpy())).max() < 1e-3
+    logits_MV = torch.randn(6, VOCAB) * 4
+    logits_MV[1, 5:] = float("-inf")
+    places = [5, 1, 0, 3, 4]
+    found = recording.name_likeliest(logits_MV, places, 8)
+    best = logits_MV[places].double().softmax(dim=-1).topk(8, dim=-1)
+    probs_PK = np.frombuffer(found.probs_PK, "<f2").reshape(5, 8)
+    tail_P = np.frombuffer(found.tail_P, "<f2")
+    assert np.abs(probs_PK - best.values.numpy()).max() < 1e-3
+    assert np.abs(tail_P - (1 - best.values.sum(dim=-1).numpy())).max() < 1e-3
     finite = [0, 2, 3, 4]
-    assert (found.ids_PK[finite] == best.indices.numpy()[finite]).all()
+    ids_PK = np.frombuffer(found.ids_PK, "<i4").reshape(5, 8)
+    assert (ids_PK[finite] == best.indices.numpy()[finite]).all()

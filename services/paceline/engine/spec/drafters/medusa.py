@@ -231,6 +231,18 @@ def load_medusa_heads(directory: Path, target: Path) -> tuple[MedusaHeads, str]:
     Raises:
         UnsupportedModelError: they cannot be loaded, or are another model's.
     """
+    config, heads, lm_head_VE = load_for_target(directory, target)
+    return MedusaHeads(config, heads, lm_head_VE), model_digest(directory)[:_VERSION_DIGITS]
+
+
+def load_for_target(
+    directory: Path, target: Path
+) -> tuple[MedusaConfig, list[MedusaHead], torch.Tensor]:
+    """Return heads and the target's own head [V, E].
+
+    Raises:
+        UnsupportedModelError: they cannot be loaded, or are another model's.
+    """
     config, heads = load_medusa(directory)
     target_config = load_model_config(target)
     for key in ("hidden_size", "vocab_size"):
@@ -240,11 +252,15 @@ def load_medusa_heads(directory: Path, target: Path) -> tuple[MedusaHeads, str]:
     digest = config.base_model_digest
     if digest is not None and digest != model_digest(target):
         raise UnsupportedModelError(f"base_model_digest: {digest} is not that of the target")
-    lm_head_VE = _lm_head(target, target_config)
-    return MedusaHeads(config, heads, lm_head_VE), model_digest(directory)[:_VERSION_DIGITS]
+    return config, heads, lm_head_of(target, target_config)
 
 
-def _lm_head(target: Path, config: ModelConfig) -> torch.Tensor:
+def lm_head_of(target: Path, config: ModelConfig) -> torch.Tensor:
+    """Return a target's output matrix as it is stored, [V, E].
+
+    Raises:
+        UnsupportedModelError: the checkpoint has none.
+    """
     name = "model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"
     for found, tensor in load_tensors(target):
         if found == name:
