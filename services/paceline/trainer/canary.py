@@ -10,6 +10,7 @@ that workers report.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 
@@ -33,10 +34,11 @@ class CanaryRules:
     """Acceptance that counts as no loss: the gate has shown a gain already."""
     pair_positions: int = 32
     """Tried positions of either version that make a pair."""
-    full_positions: int = 128
+    full_positions: int = 40
     """Of either, from which a pair has the full weight."""
     far_pairs: int = 6
-    """Pairs from which a version that reaches less than `far_ratio` is taken back at once."""
+    """Pairs from which a version that reaches less than `far_ratio` is taken back at once, and one
+    that reaches so many times more is promoted."""
     far_ratio: float = 0.5
     """Of the other's acceptance."""
     max_sequences: int = 2_000
@@ -128,7 +130,9 @@ class Comparison:
     def ratio(self) -> float:
         """Acceptance of the first over that of the second in pairs; 1 without any."""
         first, second = self._paired
-        return first / second if second else 1.0
+        if not second:
+            return math.inf if first else 1.0
+        return first / second
 
     def scores(self, alpha: float) -> tuple[DraftScore, ...]:
         """Return acceptance of the first against the second, all domains together first.
@@ -183,6 +187,8 @@ class CanaryTrial:
         num_other = comparison.num_sequences(self._incumbent)
         if comparison.num_pairs >= rules.far_pairs and comparison.ratio < rules.far_ratio:
             return CanaryAction.ROLL_BACK, "far-worse"
+        if comparison.num_pairs >= rules.far_pairs and comparison.ratio > 1.0 / rules.far_ratio:
+            return CanaryAction.PROMOTE, "far-better"
         if bounds.high < 0.0:
             return CanaryAction.ROLL_BACK, "worse"
         if bounds.low > -rules.max_loss:

@@ -23,7 +23,7 @@ class Counters:
     num_skipped: int = 0
     """Batches dropped for a loss or gradient that was not finite."""
     num_restored: int = 0
-    """Times that the last good weights came back."""
+    """Times that good weights came back."""
     trained_s: float = 0.0
     last_loss: float = 0.0
     """Mean over the last optimiser step's positions."""

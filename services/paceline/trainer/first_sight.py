@@ -36,6 +36,21 @@ class FirstSight:
         self._pairs: deque[Pair] = deque(maxlen=_MAX_SCORES)
 
     @property
+    def incumbent(self) -> Path:
+        """Directory of the draft that is compared with."""
+        return self._directory
+
+    def gain(self, count: int) -> float | None:
+        """Return what the newest texts say the learning draft gained; None if there are fewer."""
+        if len(self._pairs) < count:
+            return None
+        newest = list(self._pairs)[-count:]
+        return sum(
+            (mine.num_accepted - theirs.num_accepted) / mine.num_positions
+            for _, (mine, theirs) in newest
+        ) / len(newest)
+
+    @property
     def has_waiting(self) -> bool:
         """Whether there is a text to judge."""
         return bool(self._waiting)

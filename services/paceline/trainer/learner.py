@@ -38,6 +38,12 @@ _MAX_COUNTED = 128
 """Domains that are counted apart; those of the replay buffer come and go."""
 _RESTORED_RATE = 0.5
 """Of the learning rate, after good weights had to be brought back."""
+_LEAST_RATE = 1 / 16
+"""Of the learning rate, however often that happens."""
+_JUDGED_TEXTS = 48
+"""New texts that tell whether learning helps."""
+_MAX_LOSS, _MUCH_GAINED = 0.005, 0.03
+"""Of acceptance on them."""
 
 
 class OnlineLearner:
@@ -73,6 +79,7 @@ class OnlineLearner:
         """An optimiser step that was begun."""
         self._tokens_left = 0.0
         """That may be learned before new ones come."""
+        self._texts_since_adapted = 0
         self._drop_gradient()
 
     # -- traffic --------------------------------------------------------------------------
@@ -139,6 +146,7 @@ class OnlineLearner:
             self._advance(begun_s + seconds)
         elif self.first_sight.has_waiting:
             self._release(self.first_sight.judge_next(self.model))
+            self._adapt()
         elif not self._accumulate(seconds, begun_s):
             return False
         took_s = self._monotonic() - begun_s
@@ -235,6 +243,26 @@ class OnlineLearner:
     def _drop_gradient(self) -> None:
         self._optimiser.zero_grad()
         self._loss_sum, self._weight_sum, self._batch_tokens = 0.0, 0.0, 0
+
+    def _adapt(self) -> None:
+        """Learn slower where learning made the draft worse, faster where it helps much.
+
+        A draft that fits loses by the rate that one needs whose traffic has changed.
+        """
+        self._texts_since_adapted += 1
+        gain = self.first_sight.gain(_JUDGED_TEXTS)
+        if gain is None or self._texts_since_adapted < _JUDGED_TEXTS:
+            return
+        ratio = self.counters.rate_ratio
+        if gain < -_MAX_LOSS:
+            self.reset(self.first_sight.incumbent)
+            self.counters.rate_ratio = max(_LEAST_RATE, _RESTORED_RATE * ratio)
+            self.counters.num_restored += 1
+            fields = {"gain": gain, "rate_ratio": self.counters.rate_ratio}
+            logger.info("learned-worse", extra={"fields": fields})
+        elif gain > _MUCH_GAINED:
+            self.counters.rate_ratio = min(1.0, ratio / _RESTORED_RATE)
+        self._texts_since_adapted = 0
 
     # -- results --------------------------------------------------------------------------
 

@@ -65,6 +65,24 @@ def test_noise_is_taken_back_within_twenty_sequences() -> None:
     assert max(num for _, num in found) <= 20
 
 
+def test_one_that_reaches_more_than_twice_as_much_is_promoted_at_once() -> None:
+    for seed in range(20):
+        rng = random.Random(seed)
+        trial = CanaryTrial(candidate="new", incumbent="old")
+        num = 0
+        while trial.verdict().action is CanaryAction.CONTINUE:
+            trial.note(sequence(rng, "old", "code", 0.08))
+            trial.note(sequence(rng, "new", "code", 0.4))
+            num += 1
+        assert (trial.verdict().reason, num <= 12) == ("far-better", True)
+    # Also beside one that has nothing accepted.
+    trial = CanaryTrial(candidate="new", incumbent="old")
+    for _ in range(6):
+        trial.note(SequenceOutcome("model", "old", b"", "", 40, 40, 0, 40))
+        trial.note(SequenceOutcome("model", "new", b"", "", 40, 40, 8, 48))
+    assert trial.verdict().action is CanaryAction.PROMOTE
+
+
 def test_what_loses_is_taken_back() -> None:
     found = [trial(-0.08, seed) for seed in range(6)]
     assert {reason for reason, _ in found} == {"worse"}

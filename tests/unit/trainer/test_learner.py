@@ -351,6 +351,29 @@ def test_scores_are_those_beside_one_incumbent(
     assert not one.first_sight.pairs(draft)
 
 
+def test_learning_that_makes_worse_is_taken_back_and_slowed(
+    target: Path, draft: Path, samples: list[Sample], tmp_path: Path
+) -> None:
+    # A draft that fits already, and a rate at which nothing is learned but noise.
+    fitted = learner(draft)
+    feed(fitted, samples)
+    train(fitted, 80)
+    fitted.export(tmp_path / "fitted")
+    one = learner(tmp_path / "fitted", learning_rate=0.2, judges_first=True, warm_up_steps=0)
+    start = weights(one)
+    feed(one, samples[:8])
+    train(one, 8)
+    spoiled = weights(one)
+    for _ in range(4):
+        feed(one, samples[:32])
+        while one.first_sight.has_waiting:
+            assert one.micro_step(time.monotonic() + 60)
+        if one.counters.num_restored:
+            break
+    assert not equal(spoiled, start) and equal(weights(one), start)
+    assert one.counters.rate_ratio == 0.5
+
+
 def test_what_waits_is_bounded_and_kept_in_the_state(draft: Path, samples: list[Sample]) -> None:
     one = learner(draft, judges_first=True, held_out_every=10**9)
     for _ in range(5):

@@ -11,7 +11,7 @@ import torch
 
 from paceline.engine.models.config import load_model_config
 from paceline.trainer.checkpoint import CARD, load_draft
-from paceline.trainer.judging import judge_all
+from paceline.trainer.judging import judge
 from paceline.trainer.learner_options import LearnerOptions
 from paceline.trainer.low_rank import Difference, merged, with_differences
 from paceline.trainer.replay import ReplayBuffer
@@ -97,7 +97,7 @@ def test_it_drafts_its_domain_better_and_says_where_it_comes_from(
     card = json.loads((tmp_path / "made" / CARD).read_text())["specialist"]
     assert card == {"base": draft.name, "domain": "a", "rank": 8, "num_steps": 60}
     models = (load_draft(tmp_path / "made"), load_draft(draft))
-    judged = [both for _, both in judge_all(models, replay.held_out("a"))]
+    judged = [[judge(model, text) for model in models] for text in replay.held_out("a")]
     num_positions = sum(mine.num_positions for mine, _ in judged)
     gain = sum(mine.overlap - base.overlap for mine, base in judged) / num_positions
     assert gain > 0.1
