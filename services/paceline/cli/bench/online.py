@@ -8,6 +8,7 @@ platform of its own for each arm: `off` (no speculation), `frozen` (the draft as
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
 import sys
 import tempfile
@@ -69,6 +70,8 @@ def online(
         )
         if plot is not None and not plot.resolve().parent.is_dir():
             raise CommandError(f"--plot: there is no directory {plot.resolve().parent}")
+        if plot is not None and importlib.util.find_spec("matplotlib") is None:
+            raise CommandError("--plot needs matplotlib: pip install 'paceline[bench]'")
         report = asyncio.run(_run(options, is_quiet=as_json))
         if plot is not None:
             draw_plot(report, plot)

@@ -53,18 +53,24 @@ def make_report(arms: Mapping[str, Arm], options: Mapping[str, object]) -> Repor
 
 
 def figures(asked: Sequence[Asked]) -> dict[str, float]:
-    """Return the figures of a phase."""
+    """Return the figures of a phase; `_end` are those of its last quarter."""
+    last = asked[-max(1, len(asked) // 4) :]
     steps = sum(a.target_steps for a in asked)
-    # The first piece of an answer comes with its prompt.
-    decoded = sum(len(a.gaps_s) for a in asked)
-    decode_s = sum(a.decode_s for a in asked)
     return {
         "acceptance": round(acceptance(asked), 4),
         "emitted_per_step": round(sum(a.num_tokens for a in asked) / steps if steps else 0.0, 4),
-        "tok_s": round(decoded / decode_s if decode_s else 0.0, 2),
+        "tok_s": round(_rate(asked), 2),
         "itl_p95_s": round(_quantile([gap for a in asked for gap in a.gaps_s], 0.95), 5),
         "ttft_p95_s": round(_quantile([a.ttft_s for a in asked], 0.95), 5),
+        "acceptance_end": round(acceptance(last), 4),
+        "tok_s_end": round(_rate(last), 2),
     }
+
+
+def _rate(asked: Sequence[Asked]) -> float:
+    # The first piece of an answer comes with its prompt.
+    decode_s = sum(a.decode_s for a in asked)
+    return sum(len(a.gaps_s) for a in asked) / decode_s if decode_s else 0.0
 
 
 def acceptance(asked: Sequence[Asked]) -> float:
@@ -118,12 +124,11 @@ def draw_plot(report: Report, path: Path) -> None:
     """Draw acceptance over requests, with a mark where the draft's version changes.
 
     Raises:
-        CommandError: matplotlib is missing, or the file cannot be written.
+        CommandError: the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise CommandError("--plot needs matplotlib: pip install 'paceline[bench]'") from error
+    # Nobody else needs it.
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(10, 4), layout="constrained")
     axes = figure.subplots()
     for name in ("frozen", "online"):

@@ -1,4 +1,4 @@
-"""`paceline demo`: starts a platform and shows that its promises hold, in under a minute.
+"""`paceline demo`: starts a platform and shows that its promises hold, in two minutes or so.
 
 command.py is the page to read first; prompts.py holds what is asked.
 """

@@ -48,6 +48,7 @@ async def ask(
     max_tokens: int,
     temperature: float = 0.0,
     seed: int = 0,
+    mode: str = "AUTO",
     on_text: Callable[[Answer], None] = lambda answer: None,
 ) -> Answer:
     """Stream one answer; failures are part of the outcome."""
@@ -56,6 +57,7 @@ async def ask(
         messages=inference_pb2.MessageList(messages=messages),
         sampling=inference_pb2.SamplingParams(temperature=temperature, seed=seed),
         max_tokens=max_tokens,
+        speculation=inference_pb2.SpeculationParams(mode=mode),
     )
     started_s = time.monotonic()
     try:

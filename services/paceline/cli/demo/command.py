@@ -1,16 +1,19 @@
-"""The demo's three rounds on a platform of two prefill and two decode workers.
+"""The demo's rounds: three on a platform of two prefill and two decode workers, one on another.
 
 1  different prompts at once: KV goes prefill -> store -> decode
 2  one long prefix, several questions: what one worker computed, another one finds
 3  a conversation whose decode worker is killed between the turns
+4  a draft made in seconds learns from traffic of one kind (learning.py)
 """
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
 import signal
+import tempfile
 import time
 from pathlib import Path
 from typing import Annotated
@@ -22,6 +25,7 @@ from paceline.cli.client import InferenceClient, open_client
 from paceline.cli.demo.asking import Answer, ask, conversation
 from paceline.cli.demo.board import Board
 from paceline.cli.demo.kv_tally import KvTally
+from paceline.cli.demo.learning import watch_learning
 from paceline.cli.demo.platform import DemoPlatform, running_platform
 from paceline.cli.demo.prompts import (
     CONCURRENT_PROMPTS,
@@ -68,7 +72,12 @@ async def _run(model: Path, console: Console) -> Report:
         console.print(f"Ready at {endpoint} after {time.monotonic() - started_s:.1f} s")
         async with open_client(endpoint) as client:
             report = await Demo(platform, client, console).run(started_s)
-        console.print(report.table())
+    console.print("\n4. A draft made in three seconds learns from live traffic", style="bold")
+    with tempfile.TemporaryDirectory(prefix="paceline-demo-draft-") as directory:
+        learning = await watch_learning(model, Path(directory), console)
+    elapsed_s = time.monotonic() - started_s
+    report = dataclasses.replace(report, learning=learning, elapsed_s=elapsed_s)
+    console.print(report.table())
     return report
 
 

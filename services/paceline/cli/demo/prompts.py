@@ -59,3 +59,11 @@ CONVERSATION: tuple[str, str] = (
     "earn in a week?",
     "How much would the farmer earn with 10 more hens?",
 )
+
+SUMS = tuple(
+    f"{name} has {count} {things} and buys {more} more. How many {things} does {name} have now?"
+    for count, more in ((3, 4), (12, 5), (7, 20), (31, 2), (9, 9), (15, 8))
+    for things in ("apples", "books", "pens", "coins")
+    for name in ("Tom", "Anna", "Ben", "Lucy", "Sam", "Nora")
+)
+"""Traffic of one kind."""

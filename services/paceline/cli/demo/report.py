@@ -11,6 +11,7 @@ from rich.table import Table
 
 from paceline.cli.demo.asking import Answer
 from paceline.cli.demo.kv_tally import Moved
+from paceline.cli.demo.learning import Learning
 
 
 def find_prefix_hit(first: Answer, later: Sequence[Answer]) -> Answer | None:
@@ -64,6 +65,8 @@ class Report:
     replacement: Replacement
     moved: Moved
     elapsed_s: float
+    learning: Learning | None = None
+    """Of the last round; None where the model has no draft to learn with."""
 
     @property
     def num_completed(self) -> int:
@@ -72,7 +75,8 @@ class Report:
 
     def failures(self) -> list[str]:
         """Return what did not hold, in words; empty if all did."""
-        errors = [f"{a.prompt[:40]!r}: {a.error}" for a in self.answers if not a.is_complete]
+        answers = [*self.answers, *(self.learning.answers if self.learning else ())]
+        errors = [f"{a.prompt[:40]!r}: {a.error}" for a in answers if not a.is_complete]
         replacement = self.replacement
         checks = {
             f"not every request completed ({'; '.join(errors)})": not errors,
@@ -105,6 +109,7 @@ class Report:
             "tokens_per_pass": self._tokens_per_pass(),
             "split_requests": sum(answer.is_split for answer in self.answers),
             "replaced_in_s": _rounded(self.replacement.replaced_in_s),
+            "learning": None if self.learning is None else self.learning.to_json(),
             "elapsed_s": round(self.elapsed_s, 1),
             "failures": self.failures(),
         }
@@ -130,6 +135,8 @@ class Report:
         )
         table.add_row("shared prefix", self._prefix_text())
         table.add_row("killed worker", self._replacement_text())
+        if self.learning is not None:
+            table.add_row("learning", _learning_text(self.learning))
         return table
 
     def _tokens_per_pass(self) -> float | None:
@@ -158,6 +165,13 @@ class Report:
             f"{replacement.worker} {back}; the next turn ran on {usage.decode_worker} with "
             f"{usage.cached_prompt_tokens} of {usage.prompt_tokens} tokens from the store"
         )
+
+
+def _learning_text(learning: Learning) -> str:
+    return (
+        f"{learning.first:.2f} of the drafted tokens were accepted at first, {learning.last:.2f} "
+        f"after {len(learning.answers)} requests and {len(learning.versions) - 1} new versions"
+    )
 
 
 def _rounded(value: float | None) -> float | None:
