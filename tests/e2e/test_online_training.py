@@ -82,7 +82,8 @@ async def accepted_ratio(client: Client) -> float:
         assert answer.ids == plain.ids and answer.text == plain.text
         drafted += answer.usage[0].drafted_tokens
         accepted += answer.usage[0].accepted_tokens
-    return accepted / drafted
+    # With a draft that is always wrong none is made.
+    return accepted / drafted if drafted else 0.0
 
 
 async def test_live_traffic_teaches_the_draft(platform: Platform) -> None:
@@ -100,7 +101,7 @@ async def test_live_traffic_teaches_the_draft(platform: Platform) -> None:
                     break
             assert time.monotonic() - begun_s < LONGEST_S, versions(platform)
         learned = active[0]
-        assert [d["stage"] for d in learned["decisions"]] == ["candidate", "canary", "active"]
+        assert [d["stage"] for d in learned["decisions"]] == ["canary", "active"]
         assert learned["parent"] == floor["version"] and learned["num_samples"] > 0
         assert learned["scores"][0]["acceptance"] > learned["scores"][0]["incumbent_acceptance"]
         assert await accepted_ratio(client) > before + 0.1

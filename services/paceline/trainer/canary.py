@@ -43,6 +43,9 @@ class CanaryRules:
     """Of the other's acceptance."""
     max_sequences: int = 2_000
     """Of the version on trial; then its mean decides."""
+    max_unused: int = 64
+    """Sequences of the version on trial while the other has less than a tenth of that: engines
+    draft with the one and not with the other."""
     max_starved: int = 10_000
     """Sequences of the other while the version on trial has less than a tenth of that: an engine
     that does not draft with it has judged it."""
@@ -197,6 +200,8 @@ class CanaryTrial:
             if comparison.num_pairs and bounds.mean >= -rules.max_loss:
                 return CanaryAction.PROMOTE, "not-worse-on-average"
             return CanaryAction.ROLL_BACK, "worse-on-average"
+        if num_own >= rules.max_unused and num_other < num_own / 10:
+            return CanaryAction.PROMOTE, "other-unused"
         if num_other >= rules.max_starved and num_own < rules.max_starved / 10:
             return CanaryAction.ROLL_BACK, "starved"
         return CanaryAction.CONTINUE, "undecided"

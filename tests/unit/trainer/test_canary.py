@@ -134,6 +134,15 @@ def test_a_version_that_engines_do_not_draft_with_is_taken_back() -> None:
     assert trial.verdict().reason == "starved"
 
 
+def test_a_version_that_engines_draft_with_and_with_the_other_not_is_promoted() -> None:
+    trial = CanaryTrial(CanaryRules(max_unused=40), candidate="new", incumbent="old")
+    for number in range(40):
+        assert trial.verdict().action is CanaryAction.CONTINUE
+        trial.note(SequenceOutcome("model", "new", b"", "", 10, 20, 10, 20))
+        trial.note(SequenceOutcome("model", "old", b"", "", 10, number == 0, 0, 10))
+    assert trial.verdict().reason == "other-unused"
+
+
 def test_impossible_outcomes_and_other_versions_do_not_count() -> None:
     trial = CanaryTrial(candidate="new", incumbent="old")
     for version, tried, accepted in (("other", 10, 5), ("new", 5, 6), ("new", 5, -1)):
