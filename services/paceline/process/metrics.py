@@ -260,7 +260,8 @@ class Metrics:
             "trainer_yields", "Times since the start that a running grant was taken back"
         )
         self.trainer_yield_seconds = self._histogram(
-            "trainer_yield_seconds", "Time from taking a grant back to the learner's standstill"
+            "trainer_yield_seconds",
+            "Processor time that the learner still used after a grant was taken back",
         )
         self.draft_decisions = self._counter(
             "draft_decisions", "Decisions about versions of drafts", "drafter", "stage", "reason"

@@ -22,6 +22,7 @@ from paceline.process.sample_stream import SampleStream
 from paceline.trainer.idle_cores import IdleCores
 from paceline.trainer.learner_link import LearnerLink
 from paceline.trainer.learner_options import LearnerOptions
+from paceline.trainer.processor_time import processor_time_s
 from paceline.trainer.spare import Grant, Moment, SpareCapacity
 from paceline.trainer.spare_ledger import SpareLedger
 from paceline.v1 import learner_pb2
@@ -53,20 +54,30 @@ class Spare:
     """Of this machine."""
     ledger: SpareLedger = field(default_factory=SpareLedger)
     granted: Grant = field(default_factory=lambda: Grant(0, 0.0, "none"))
+    used: tuple[float, float] | None = None
+    """Time and the learner's processor time when idle cores were last read."""
 
-    def decide(self, now_s: float) -> Grant:
-        """Return what training may use from now on."""
+    def decide(self, now_s: float, learner_s: float | None) -> Grant:
+        """Return what training may use from now on; `learner_s` is its processor time so far."""
+        idle_cores = self.idle_cores.read()
         moment = Moment(
             now_s=now_s,
             workers=dict(self.workers),
             num_cores=self.num_cores,
-            idle_cores=self.idle_cores.read(),
+            idle_cores=idle_cores,
             training_threads=self.granted.threads,
+            training_cores=None if idle_cores is None else self._cores_used(now_s, learner_s),
         )
         grant = self.policy.grant(moment)
         self.ledger.note(moment, grant)
         self.granted = grant
         return grant
+
+    def _cores_used(self, now_s: float, learner_s: float | None) -> float | None:
+        before, self.used = self.used, None if learner_s is None else (now_s, learner_s)
+        if before is None or learner_s is None or now_s <= before[0] or learner_s < before[1]:
+            return None
+        return (learner_s - before[1]) / (now_s - before[0])
 
 
 class Training:
@@ -102,6 +113,7 @@ class Training:
         self._log_level = log_level
         self._monotonic = monotonic
         self._learner: LearnerLink | None = None
+        self._pid: int | None = None
         self._pausing: asyncio.Task[None] | None = None
         self._noted = learner_pb2.LearnerProgress()
         """What metrics know."""
@@ -155,7 +167,7 @@ class Training:
             ready = await link.start(options, log_level=self._log_level)
             # Counters of the process begin anew; what its predecessor counted stays counted.
             self._noted = ready.progress
-            self._learner = link
+            self._learner, self._pid = link, ready.pid
             fields = {"pid": ready.pid, "position": ready.stream_id}
             logger.info("learner-ready", extra={"fields": fields})
             tasks.spawn(self._feed(link, ready.stream_id or _START), "learner-feed")
@@ -163,7 +175,7 @@ class Training:
             tasks.spawn(self._save(link), "learner-state")
             await link.run()
         finally:
-            self._learner = None
+            self._learner = self._pid = None
             await tasks.close()
             await link.close()
 
@@ -207,7 +219,7 @@ class Training:
     def _govern(self) -> None:
         """Grant or take back, by what is known now."""
         before = self._spare.granted
-        grant = self._spare.decide(self._monotonic())
+        grant = self._spare.decide(self._monotonic(), self._learner_s())
         self._note_spare()
         link = self._learner
         if link is None:
@@ -221,13 +233,19 @@ class Training:
             return
 
     async def _pause(self, link: LearnerLink) -> None:
-        begun_s = self._monotonic()
+        begun_s = self._learner_s()
         try:
             await link.pause()
         except PacelineError:
             # Its grant ends by itself.
             return
-        self._metrics.trainer_yield_seconds.observe(self._monotonic() - begun_s)
+        ended_s = self._learner_s()
+        # By the clock it may take longer, while serving has the cores: that is no loss.
+        if begun_s is not None and ended_s is not None:
+            self._metrics.trainer_yield_seconds.observe(ended_s - begun_s)
+
+    def _learner_s(self) -> float | None:
+        return None if self._pid is None else processor_time_s(self._pid)
 
     # -- figures ----------------------------------------------------------------------------
 
