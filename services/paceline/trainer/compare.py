@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import sys
 import time
 from collections import defaultdict
@@ -135,6 +136,7 @@ def _way(options: CompareOptions, drafter: str) -> LearnerOptions:
         micro_tokens=_MICRO_TOKENS,
         replay_bytes=_REPLAY_BYTES,
         judges_first=False,
+        max_passes=math.inf,
     )
 
 

@@ -105,7 +105,8 @@ class OnlineLearner:
             text = replace(text, domain=self._domains.name(sample))
         if self.replay.is_held_out(text):
             self.replay.add(text)
-        elif not self.options.judges_first:
+        elif not (self.options.judges_first and self.options.draft):
+            # New heads come from no checkpoint that they could be compared with.
             self._release(text)
         else:
             unjudged = self.first_sight.add(text)

@@ -9,6 +9,7 @@ from prometheus_client import generate_latest
 
 from paceline.cli.demo.asking import Answer
 from paceline.cli.demo.kv_tally import Moved, parse_moved
+from paceline.cli.demo.learning import Learning
 from paceline.cli.demo.report import Replacement, Report, find_prefix_hit
 from paceline.process.metrics import Metrics
 from paceline.v1 import inference_pb2
@@ -58,9 +59,32 @@ def test_a_good_run_has_no_failures_and_all_figures() -> None:
         "tokens_per_pass": 2.5,
         "split_requests": 3,
         "replaced_in_s": 4.0,
+        "learning": None,
         "elapsed_s": 20.0,
         "failures": [],
     }
+
+
+def guessed(accepted: int, version: str) -> Answer:
+    usage = inference_pb2.Usage(drafted_tokens=10, accepted_tokens=accepted, draft_version=version)
+    return Answer("a sum", "7", usage, 0.1, is_complete=True)
+
+
+def test_learning_is_told_by_its_ends() -> None:
+    learning = Learning()
+    for number in range(60):
+        learning.note(guessed(1 if number < 20 else 8, "a" if number < 30 else "b"))
+    report = replace(GOOD, learning=learning)
+    assert report.failures() == []
+    assert report.to_json()["learning"] == {
+        "requests": 60,
+        "acceptance_first": 0.1,
+        "acceptance_last": 0.8,
+        "versions": 2,
+    }
+    learning.note(BROKEN)
+    assert "gone" in report.failures()[0]
+    assert Learning().first == 0.0
 
 
 @pytest.mark.parametrize(

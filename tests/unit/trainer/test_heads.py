@@ -130,7 +130,7 @@ def proposed(drafts: MedusaDrafter, token: int, hidden_E: torch.Tensor) -> list[
 
 @pytest.mark.parametrize("loss", ["lk", "cross-entropy"])
 def test_a_certain_target_is_learned_and_drafted(loss: str, target: Path, tmp_path: Path) -> None:
-    one = learner(target, loss=loss, held_out_every=10**9, learning_rate=1e-2)
+    one = learner(target, loss=loss, held_out_every=10**9, learning_rate=1e-2, max_passes=1e9)
     feed(one, [synthetic(FIRST + i) for i in range(CYCLE)])
     train(one, 150)
     one.export(tmp_path / "heads")

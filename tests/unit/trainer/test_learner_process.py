@@ -272,7 +272,7 @@ async def test_it_learns_heads_and_they_are_written_where_an_engine_finds_them(
         # The gate's questions are answered for heads, too.
         await link.reset(str(out))
         link.grant(threads=1, seconds=60.0)
-        (domain,) = await link.judge(str(out))
+        (domain,) = (await link.judge(str(out))).domains
         assert all(s.candidate.overlap == s.incumbent.overlap for s in domain.samples)
     learned_card = json.loads((out / "paceline_draft.json").read_text("utf-8"))["learned"]
     assert learned_card["num_left_out"] == 2

@@ -40,6 +40,8 @@ def test_a_phase_has_rates_of_its_decoding() -> None:
         "tok_s": 10.0,
         "itl_p95_s": 0.2,
         "ttft_p95_s": 0.5,
+        "acceptance_end": 0.45,
+        "tok_s_end": 10.0,
     }
     assert figures([])["tok_s"] == 0.0
 
