@@ -8,13 +8,17 @@ wait here; gate.py reads the scores.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
+from paceline.engine.models.config import UnsupportedModelError
 from paceline.trainer.guessing import GuessingModel
 from paceline.trainer.judging import Judged, judge
 from paceline.trainer.texts import Text
+
+logger = logging.getLogger(__name__)
 
 _MAX_WAITING = 256
 """Texts; beyond, the oldest is learned from without a score."""
@@ -63,12 +67,15 @@ class FirstSight:
     def judge_next(self, model: GuessingModel) -> Text:
         """Score the text that waits longest and return it: it may be learned from now.
 
-        Raises:
-            UnsupportedModelError: the incumbent cannot be loaded.
+        Without a score where the incumbent cannot be read: it may have left the registry.
         """
-        if self._incumbent is None:
-            self._incumbent = self._load(self._directory)
         text = self._waiting.popleft()
+        if self._incumbent is None:
+            try:
+                self._incumbent = self._load(self._directory)
+            except (UnsupportedModelError, OSError) as error:
+                logger.warning("incumbent-not-read", extra={"fields": {"error": str(error)}})
+                return text
         pair = judge(model, text), judge(self._incumbent, text)
         if pair[0].num_positions:
             self._pairs.append((text, pair))

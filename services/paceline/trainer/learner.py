@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from paceline.domain.learnings import Sample
+from paceline.engine.models.config import UnsupportedModelError
 from paceline.trainer.counters import Counters
 from paceline.trainer.domains import Domains
 from paceline.trainer.first_sight import FirstSight, Pair
@@ -256,7 +257,11 @@ class OnlineLearner:
             return
         ratio = self.counters.rate_ratio
         if gain < -_MAX_LOSS:
-            self.reset(self.first_sight.incumbent)
+            try:
+                self.reset(self.first_sight.incumbent)
+            except (UnsupportedModelError, OSError):
+                # It left the registry; the next comparison names another one.
+                return
             self.counters.rate_ratio = max(_LEAST_RATE, _RESTORED_RATE * ratio)
             self.counters.num_restored += 1
             fields = {"gain": gain, "rate_ratio": self.counters.rate_ratio}

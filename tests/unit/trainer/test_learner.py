@@ -374,6 +374,17 @@ def test_learning_that_makes_worse_is_taken_back_and_slowed(
     assert one.counters.rate_ratio == 0.5
 
 
+def test_an_incumbent_that_is_gone_keeps_nothing_from_being_learned(
+    draft: Path, samples: list[Sample], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = learner(draft, judges_first=True)
+    assert not one.first_sight.pairs(tmp_path / "gone")
+    feed(one, samples)
+    train(one, 2)
+    assert not one.first_sight.pairs(tmp_path / "gone") and len(one.replay) > 0
+    assert "incumbent-not-read" in caplog.text
+
+
 def test_what_waits_is_bounded_and_kept_in_the_state(draft: Path, samples: list[Sample]) -> None:
     one = learner(draft, judges_first=True, held_out_every=10**9)
     for _ in range(5):
