@@ -91,14 +91,19 @@ async def test_a_domain_goes_to_a_worker_that_holds_its_drafter(redis: RedisServ
     async with Stack(redis.url) as stack:
         plain = await stack.add(drafters=("trie", "model"))
         holder = await stack.add(drafters=("trie", "model", "model:code"))
-        for fields in ({"domain": "code"}, {"domain": "code"}, {"domain": "prose"}, {}):
-            await stack.generate(request_for(**fields))
-        domains = [call.spec.domain for call in holder.decode_calls]
-        assert domains[:2] == ["code", "code"] and len(plain.decode_calls) == 2
-        # Who names a drafter, or none, has chosen.
+        for _ in range(4):
+            await stack.generate(request_for(domain="code"))
+        assert not plain.decode_calls
+        assert [call.spec.domain for call in holder.decode_calls] == ["code"] * 4
+
+
+async def test_who_names_a_mode_has_chosen(redis: RedisServer) -> None:
+    # The holder comes second: alike workers are taken in the order of their names.
+    async with Stack(redis.url) as stack:
+        plain = await stack.add(drafters=("trie", "model"))
+        await stack.add(drafters=("trie", "model", "model:code"))
         await stack.generate(asking("OFF", domain="code"))
-        assert len(plain.decode_calls) == 3
-        assert len(holder.decode_calls) == 2
+        assert len(plain.decode_calls) == 1
 
 
 @pytest.mark.parametrize(("mode", "sent"), [("", "AUTO"), ("AUTO", "AUTO"), ("OFF", "OFF")])
