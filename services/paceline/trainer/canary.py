@@ -140,10 +140,14 @@ class Comparison:
     def scores(self, alpha: float) -> tuple[DraftScore, ...]:
         """Return acceptance of the first against the second, all domains together first.
 
-        Of all together acceptance is that in pairs, so the mix of domains is the same.
+        Of all together acceptance is that in pairs, so the mix of domains is the same; without a
+        pair it is that of all that was tried.
         """
         weight, bounds = self.mean.weight, self.mean.bounds(alpha)
-        first, second = (value / weight if weight else 0.0 for value in self._paired)
+        first, second = (
+            value / weight if weight else self._acceptance(side)
+            for side, value in enumerate(self._paired)
+        )
         tried = sum(domain.all[0].num_tried for domain in self._domains.values())
         together = DraftScore("", tried, first, second, bounds.low, bounds.high)
         each = alpha / max(1, len(self._domains))
@@ -154,6 +158,11 @@ class Comparison:
                 for name, domain in sorted(self._domains.items())
             ),
         )
+
+    def _acceptance(self, side: int) -> float:
+        counts = [domain.all[side] for domain in self._domains.values()]
+        tried = sum(count.num_tried for count in counts)
+        return sum(count.num_accepted for count in counts) / tried if tried else 0.0
 
     def _close_pair(self, name: str, domain: _Domain) -> None:
         rates = [count.acceptance for count in domain.open]

@@ -140,7 +140,9 @@ def test_a_version_that_engines_draft_with_and_with_the_other_not_is_promoted() 
         assert trial.verdict().action is CanaryAction.CONTINUE
         trial.note(SequenceOutcome("model", "new", b"", "", 10, 20, 10, 20))
         trial.note(SequenceOutcome("model", "old", b"", "", 10, number == 0, 0, 10))
-    assert trial.verdict().reason == "other-unused"
+    verdict = trial.verdict()
+    assert verdict.reason == "other-unused"
+    assert (verdict.scores[0].acceptance, verdict.scores[0].incumbent_acceptance) == (0.5, 0.0)
 
 
 def test_impossible_outcomes_and_other_versions_do_not_count() -> None:
