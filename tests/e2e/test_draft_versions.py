@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
 from paceline.cli.status import fetch_status
 from paceline.v1.inference_pb2 import SpeculationParams
 from tests.checkpoints import DEMO
 from tests.e2e.client import Answer, Client, greedy
+from tests.e2e.drafts import shaken
 from tests.platform import Platform
 from tests.waiting import until, until_sync
 
@@ -35,16 +34,7 @@ def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
 @pytest.fixture(scope="module")
 def other_draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the demo draft with slightly other weights."""
-    directory = tmp_path_factory.mktemp("other") / "draft"
-    shutil.copytree(DEMO / "draft", directory)
-    weights, noise = directory / "model.safetensors", torch.Generator().manual_seed(0)
-    tensors = load_file(weights)
-    for name, tensor in tensors.items():
-        scale = 0.01 * tensor.float().abs().mean()
-        shaken = tensor.float() + scale * torch.randn(tensor.shape, generator=noise)
-        tensors[name] = shaken.to(tensor.dtype)
-    save_file(tensors, weights)
-    return directory
+    return shaken(tmp_path_factory.mktemp("other") / "draft", 0.01)
 
 
 def draft(platform: Platform, *args: str) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shutil
 import subprocess
 import sys
 import time
@@ -13,12 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
 from paceline.v1.inference_pb2 import SpeculationParams
-from tests.checkpoints import DEMO
 from tests.e2e.client import Answer, Client, greedy
+from tests.e2e.drafts import shaken
 from tests.platform import Platform
 
 LONGEST_S = 150.0
@@ -33,17 +30,7 @@ PROMPTS = [
 @pytest.fixture(scope="module")
 def ignorant_draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the demo draft with its layers shaken until hardly a guess is right."""
-    directory = tmp_path_factory.mktemp("ignorant") / "draft"
-    shutil.copytree(DEMO / "draft", directory)
-    weights, noise = directory / "model.safetensors", torch.Generator().manual_seed(0)
-    tensors = load_file(weights)
-    for name, tensor in tensors.items():
-        if "layers" in name and tensor.dim() > 1:
-            scale = 2.0 * tensor.float().std()
-            shaken = tensor.float() + scale * torch.randn(tensor.shape, generator=noise)
-            tensors[name] = shaken.to(tensor.dtype)
-    save_file(tensors, weights)
-    return directory
+    return shaken(tmp_path_factory.mktemp("ignorant") / "draft", 2.0, "layers")
 
 
 @pytest.fixture(scope="module")

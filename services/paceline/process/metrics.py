@@ -149,7 +149,7 @@ class Metrics:
         )
         self.capture_dropped.labels("backlog")
         self.capture_seconds = self._counter(
-            "capture_seconds", "Time that capturing took the engine"
+            "capture_seconds", "Processor time that capturing took the engine"
         )
 
     def _declare_kv_node(self) -> None:

@@ -20,15 +20,13 @@ from paceline.domain.errors import NotFoundError, PacelineError, PreconditionErr
 from paceline.domain.learnings import SequenceOutcome
 from paceline.process.metrics import Metrics
 from paceline.trainer.desk import Desk, DraftStore
-from paceline.trainer.gate import Verdict, judge
+from paceline.trainer.gate import Verdict
 from paceline.trainer.training import Training
-from paceline.trainer.trials import TrialRules, Trials, paired
+from paceline.trainer.trials import FORCED, TrialRules, Trials, verdict_on
 
 logger = logging.getLogger(__name__)
 
 _FOLLOW_PERIOD_S = 0.5
-
-FORCED = Verdict(True, "forced", ())
 
 
 class Bank:
@@ -140,13 +138,7 @@ class Bank:
         assert self._training is not None
         incumbent, label = await self._desk.read(incumbent_of), label_of(drafter)
         learner = self._training.learner
-        judged = await learner.judge(incumbent, str(candidate), label)
-        scores = paired(judged.domains)
-        num_positions = sum(s.num_positions for d in scores for s in d.scores)
-        if num_positions < self._rules.min_positions:
-            detail = f"{num_positions} positions of {label} are held out"
-            return Verdict(False, "undecided", (), detail)
-        return judge(scores, self._rules.gate)
+        return verdict_on(await learner.judge(incumbent, str(candidate), label), self._rules)
 
     async def settle(self, record: DraftRecord, verdict: Verdict) -> DraftRecord:
         """Do what a verdict says: refuse, use as the first version, or put on trial.

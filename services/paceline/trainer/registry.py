@@ -14,7 +14,7 @@ from pathlib import Path
 
 from paceline.domain.draft_files import version_of
 from paceline.domain.draft_records import DraftRecord, DraftScore, DraftStage
-from paceline.domain.drafts import MAX_DRAFTERS, MODEL_DRAFTER, DraftEntry, DraftFile
+from paceline.domain.drafts import MODEL_DRAFTER, DraftEntry
 from paceline.domain.errors import (
     AlreadyExistsError,
     CorruptDraftError,
@@ -25,7 +25,7 @@ from paceline.domain.errors import (
 )
 from paceline.engine.checkpoint_files import UnsupportedModelError
 from paceline.engine.checkpoint_files import model_digest as digest_of
-from paceline.trainer import stages
+from paceline.trainer import plans, stages
 from paceline.trainer.registry_files import Contents, RegistryFiles, checkpoint_files
 from paceline.trainer.stages import Change, Standing, Verdict
 
@@ -270,13 +270,7 @@ class Registry:
         Raises:
             ExhaustedError: it would.
         """
-        members = {name for name, s in self._contents.standings.items() if s.active}
-        members.discard(MODEL_DRAFTER)
-        if drafter not in (MODEL_DRAFTER, *members) and len(members) >= MAX_DRAFTERS - 1:
-            raise ExhaustedError(
-                f"{', '.join(sorted(members))}: no room for {drafter}; remove one",
-                reason="bank-full",
-            )
+        stages.check_room(self._contents.standings, drafter)
 
     def get(self, prefix: str) -> DraftRecord:
         """Return the version, or the one that begins like this.
@@ -347,29 +341,14 @@ class Registry:
     def plan(
         self, *, canary_share: float = 0.1, control_share: float = 0.0
     ) -> tuple[DraftEntry, ...]:
-        """Return what to draft with, by drafter.
-
-        A version on trial gets `canary_share` of the sequences. Without one, the previous version
-        (or the floor) keeps `control_share`, for canary.LiveWatch to compare with.
-        """
-        records, entries = self._contents.records, []
-        for drafter, standing in sorted(self._contents.standings.items()):
-            if not standing.active:
-                continue
-            other, share = standing.canary, canary_share
-            if not other and not standing.pinned:
-                other, share = self.control_of(drafter), control_share
-            if not other or share <= 0:
-                entries.append(DraftEntry(drafter, _file(records[standing.active])))
-                continue
-            active, second = _file(records[standing.active]), _file(records[other])
-            entries.append(DraftEntry(drafter, active, second, share))
-        return tuple(entries)
+        """Return what to draft with, by drafter; plans.py says for which sequences."""
+        return plans.entries_of(
+            self._contents, canary_share=canary_share, control_share=control_share
+        )
 
     def control_of(self, drafter: str = MODEL_DRAFTER) -> str:
         """Return the version that the active one is to be compared with live; empty for none."""
-        standing = self._standing(drafter)
-        return next((v for v in (standing.previous, standing.floor) if v != standing.active), "")
+        return plans.control_of(self._standing(drafter))
 
     def _reconcile(self) -> None:
         for drafter in list(self._contents.standings):
@@ -437,10 +416,6 @@ class Registry:
                 f"{record.version} is of {record.drafter}", reason="draft-not-found"
             )
         return record
-
-
-def _file(record: DraftRecord) -> DraftFile:
-    return DraftFile(record.version, record.digest, record.num_bytes)
 
 
 def _same(record: DraftRecord, digest: str, drafter: str) -> DraftRecord:

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from paceline.domain.draft_records import DraftDecision, DraftRecord, DraftScore, DraftStage
-from paceline.domain.errors import PreconditionError
+from paceline.domain.drafts import MAX_DRAFTERS, MODEL_DRAFTER
+from paceline.domain.errors import ExhaustedError, PreconditionError
 
 _S = DraftStage
 TRANSITIONS: Mapping[DraftStage, frozenset[DraftStage]] = {
@@ -154,6 +155,20 @@ def remove(records: Records, standing: Standing, at_s: float) -> Change:
     used = (_S.ACTIVE, _S.CANARY, _S.RETIRED)
     changed = {v: _decided(r, removed, at_s) for v, r in records.items() if r.stage in used}
     return Change(Standing(), changed | flagged({**records, **changed}, Standing()))
+
+
+def check_room(standings: Mapping[str, Standing], drafter: str) -> None:
+    """Refuse a drafter that would be one too many for engines.
+
+    Raises:
+        ExhaustedError: it would.
+    """
+    members = {name for name, standing in standings.items() if standing.active}
+    members.discard(MODEL_DRAFTER)
+    if drafter not in (MODEL_DRAFTER, *members) and len(members) >= MAX_DRAFTERS - 1:
+        raise ExhaustedError(
+            f"{', '.join(sorted(members))}: no room for {drafter}; remove one", reason="bank-full"
+        )
 
 
 def pin(records: Records, standing: Standing, version: str, at_s: float) -> Change:

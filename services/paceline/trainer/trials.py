@@ -32,6 +32,7 @@ from paceline.trainer.canary import (
 )
 from paceline.trainer.desk import Desk, DraftStore
 from paceline.trainer.gate import (
+    UNDECIDED,
     DomainScores,
     GateRules,
     NewScore,
@@ -43,6 +44,9 @@ from paceline.trainer.training import Training
 from paceline.v1 import learner_pb2
 
 logger = logging.getLogger(__name__)
+
+FORCED = Verdict(True, "forced", ())
+"""What an operator says who does not ask the gate."""
 
 _LOOK_PERIOD_S = 0.5
 _FAILURE_PAUSE_S = 10.0
@@ -139,7 +143,7 @@ class Trials:
         async with self._turn:
             record = await self._add(directory, 0, 0)
             if is_forced:
-                return await self._begin(record, "forced", Verdict(True, "forced", ()))
+                return await self._begin(record, FORCED)
             if self._training is None:
                 return record
             active = await self._active()
@@ -240,22 +244,18 @@ class Trials:
             return Verdict(True, "first", ())
         incumbent = await self._directory_of(active.version)
         judged = await self._training.learner.judge(incumbent, candidate, is_own=is_own)
-        scores = paired(judged.domains)
         new = [NewScore(s.domain, _paired(s)) for s in judged.new_samples] if is_own else None
-        num_positions = sum(s.num_positions for d in scores for s in d.scores)
-        if new is None and num_positions < self._rules.min_positions:
-            return Verdict(False, "undecided", (), "too little is held out")
-        return judge(scores, self._rules.gate, new)
+        return verdict_on(judged, self._rules, new)
 
     async def _settle(self, record: DraftRecord, verdict: Verdict) -> DraftRecord:
         if verdict.is_accepted:
             self._distance = self._rules.steps
-            return await self._begin(record, verdict.reason, verdict)
+            return await self._begin(record, verdict)
         self._distance = min(2 * self._distance, self._rules.max_pause_steps)
         self._count("refused", verdict.reason, record.version, verdict.detail)
-        return await self._decide(record, DraftStage.REFUSED, verdict.reason, verdict)
+        return await self._decide(record, DraftStage.REFUSED, verdict)
 
-    async def _begin(self, record: DraftRecord, reason: str, verdict: Verdict) -> DraftRecord:
+    async def _begin(self, record: DraftRecord, verdict: Verdict) -> DraftRecord:
         """Put a version on trial.
 
         Raises:
@@ -263,15 +263,15 @@ class Trials:
         """
         if record.stage is DraftStage.ACTIVE:
             raise PreconditionError(f"{record.version} is active", reason="draft-active")
-        self._count("canary", reason, record.version, verdict.detail)
-        return await self._decide(record, DraftStage.CANARY, reason, verdict)
+        self._count("canary", verdict.reason, record.version, verdict.detail)
+        return await self._decide(record, DraftStage.CANARY, verdict)
 
     async def _decide(
-        self, record: DraftRecord, stage: DraftStage, reason: str, verdict: Verdict
+        self, record: DraftRecord, stage: DraftStage, verdict: Verdict
     ) -> DraftRecord:
         return await self._desk.change(
             lambda store: store.decide(
-                record.version, stage, reason, verdict.detail, verdict.scores
+                record.version, stage, verdict.reason, verdict.detail, verdict.scores
             )
         )
 
@@ -305,6 +305,17 @@ def _clear(directory: Path) -> None:
     """Make room for a directory: what is there goes, what is around it comes."""
     shutil.rmtree(directory, ignore_errors=True)
     directory.parent.mkdir(parents=True, exist_ok=True)
+
+
+def verdict_on(
+    judged: learner_pb2.DraftsJudged, rules: TrialRules, new: Sequence[NewScore] | None = None
+) -> Verdict:
+    """Return what the gate says of a learner's scores; `new` as for `judge`."""
+    scores = paired(judged.domains)
+    num_positions = sum(s.num_positions for d in scores for s in d.scores)
+    if new is None and num_positions < rules.min_positions:
+        return Verdict(False, UNDECIDED, (), f"only {num_positions} positions are held out")
+    return judge(scores, rules.gate, new)
 
 
 def paired(domains: Sequence[learner_pb2.JudgedDomain]) -> list[DomainScores]:

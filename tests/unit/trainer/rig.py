@@ -124,3 +124,15 @@ async def attending(stub: Any) -> AsyncIterator[Attending]:
         yield worker
     finally:
         worker.call.cancel()
+
+
+@asynccontextmanager
+async def conducted(directory: Path) -> AsyncIterator[Rig]:
+    """Serve a registry while its conductor works."""
+    async with trainer_rig(directory) as rig:
+        running = asyncio.create_task(rig.conductor.run())
+        try:
+            yield rig
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)

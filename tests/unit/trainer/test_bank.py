@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -14,22 +12,11 @@ from paceline.domain.drafts import MAX_DRAFTERS
 from paceline.domain.errors import ExhaustedError, NotFoundError, PreconditionError
 from paceline.domain.learnings import SequenceOutcome
 from paceline.trainer.registry import Registry
-from tests.unit.trainer.rig import DIGEST, Rig, trainer_rig
+from tests.unit.trainer.rig import DIGEST, Rig, conducted, trainer_rig
 from tests.unit.trainer.small_drafts import make_draft
 from tests.waiting import until
 
 CODE = "model:code"
-
-
-@asynccontextmanager
-async def conducted(tmp_path: Path) -> AsyncIterator[Rig]:
-    async with trainer_rig(tmp_path) as rig:
-        running = asyncio.create_task(rig.conductor.run())
-        try:
-            yield rig
-        finally:
-            running.cancel()
-            await asyncio.gather(running, return_exceptions=True)
 
 
 async def forced(rig: Rig, tmp_path: Path, seed: int, drafter: str = CODE) -> DraftRecord:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from paceline.trainer.samples import text_of
 from paceline.trainer.state import resumed_learner, save_state
 from paceline.trainer.texts import Text
 from tests.unit.engine.spec.drafting import budget, context
+from tests.unit.trainer.learning import equal, feed, train, weights
 from tests.unit.trainer.traffic import poisoned, samples_of, small_draft
 
 SIZE = 64
@@ -62,29 +62,6 @@ def options(target: Path, **changes: object) -> LearnerOptions:
 
 def learner(target: Path, **changes: object) -> OnlineLearner:
     return OnlineLearner(options(target, **changes))
-
-
-def feed(one: OnlineLearner, samples: Sequence[Sample]) -> None:
-    for sample in samples:
-        one.feed(sample)
-
-
-def train(one: OnlineLearner, num_steps: int) -> None:
-    until = one.counters.num_steps + num_steps
-    for _ in range(100 * num_steps):
-        if one.counters.num_steps >= until:
-            return
-        assert one.micro_step(time.monotonic() + 60)
-    raise AssertionError("no optimiser step")
-
-
-def weights(one: OnlineLearner) -> list[torch.Tensor]:
-    one.settle()
-    return [p.detach().clone() for p in one.model.parameters()]
-
-
-def equal(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 # -- what is learned --------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from paceline.trainer.learner_options import LearnerOptions
 from paceline.trainer.micro_batches import Pace, cut
 from paceline.trainer.samples import text_of
 from paceline.trainer.state import load_states, resumed_learner, save_state
+from tests.unit.trainer.learning import equal, feed, train, weights
 from tests.unit.trainer.traffic import poisoned, samples_of, small_draft
 
 
@@ -47,33 +48,10 @@ def learner(draft: Path, **changes: object) -> OnlineLearner:
     return OnlineLearner(replace(options, **changes))  # type: ignore[arg-type]
 
 
-def feed(one: OnlineLearner, samples: list[Sample]) -> None:
-    for sample in samples:
-        one.feed(sample)
-
-
-def train(one: OnlineLearner, num_steps: int) -> None:
-    until = one.counters.num_steps + num_steps
-    for _ in range(100 * num_steps):
-        if one.counters.num_steps >= until:
-            return
-        assert one.micro_step(time.monotonic() + 60)
-    raise AssertionError("no optimiser step")
-
-
 def acceptance(one: OnlineLearner) -> float:
     texts = [text for domain in one.replay.domains for text in one.replay.held_out(domain)]
     judged = [judge(one.model, text) for text in texts]
     return sum(j.overlap for j in judged) / sum(j.num_positions for j in judged)
-
-
-def weights(one: OnlineLearner) -> list[torch.Tensor]:
-    one.settle()
-    return [p.detach().clone() for p in one.model.parameters()]
-
-
-def equal(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("loss", ["forward-kl", "lk"])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -13,20 +11,9 @@ from paceline.domain.draft_records import DraftStage
 from paceline.domain.learnings import SequenceOutcome
 from paceline.trainer.trials import paired
 from paceline.v1 import learner_pb2
-from tests.unit.trainer.rig import Rig, trainer_rig
+from tests.unit.trainer.rig import Rig, conducted
 from tests.unit.trainer.small_drafts import make_draft
 from tests.waiting import until
-
-
-@asynccontextmanager
-async def conducted(tmp_path: Path) -> AsyncIterator[Rig]:
-    async with trainer_rig(tmp_path) as rig:
-        running = asyncio.create_task(rig.conductor.run())
-        try:
-            yield rig
-        finally:
-            running.cancel()
-            await asyncio.gather(running, return_exceptions=True)
 
 
 def outcomes(version: str, accepted: int, count: int, tried: int = 40) -> list[SequenceOutcome]:

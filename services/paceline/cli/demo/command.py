@@ -25,7 +25,7 @@ from paceline.cli.client import InferenceClient, open_client
 from paceline.cli.demo.asking import Answer, ask, conversation
 from paceline.cli.demo.board import Board
 from paceline.cli.demo.kv_tally import KvTally
-from paceline.cli.demo.learning import watch_learning
+from paceline.cli.demo.learning import DraftNotMadeError, watch_learning
 from paceline.cli.demo.platform import DemoPlatform, running_platform
 from paceline.cli.demo.prompts import (
     CONCURRENT_PROMPTS,
@@ -74,7 +74,11 @@ async def _run(model: Path, console: Console) -> Report:
             report = await Demo(platform, client, console).run(started_s)
     console.print("\n4. A draft made in three seconds learns from live traffic", style="bold")
     with tempfile.TemporaryDirectory(prefix="paceline-demo-draft-") as directory:
-        learning = await watch_learning(model, Path(directory), console)
+        try:
+            learning = await watch_learning(model, Path(directory), console)
+        except DraftNotMadeError as error:
+            console.print(f"  left out: {error}", soft_wrap=True)
+            learning = None
     elapsed_s = time.monotonic() - started_s
     report = dataclasses.replace(report, learning=learning, elapsed_s=elapsed_s)
     console.print(report.table())

@@ -34,6 +34,10 @@ _ENOUGH = 0.25
 _MAX_TOKENS = 48
 
 
+class DraftNotMadeError(CommandError):
+    """No draft can be made for this model in the time there is."""
+
+
 @dataclass(slots=True)
 class Learning:
     """What the round brought."""
@@ -79,7 +83,8 @@ async def watch_learning(model: Path, directory: Path, console: Console) -> Lear
     """Make a draft, send traffic, print acceptance and version until it has learned, or time is up.
 
     Raises:
-        CommandError: the draft could not be made, or the platform did not start.
+        DraftNotMadeError: the model is not one that drafts can be made for.
+        CommandError: the platform did not start.
     """
     draft = directory / "draft"
     await _make_draft(model, draft)
@@ -139,6 +144,6 @@ async def _make_draft(model: Path, directory: Path) -> None:
     except TimeoutError:
         process.kill()
         await process.wait()
-        raise CommandError("making a draft took too long") from None
+        raise DraftNotMadeError("making a draft takes too long") from None
     if process.returncode:
-        raise CommandError(errors.decode(errors="replace").strip())
+        raise DraftNotMadeError(errors.decode(errors="replace").strip())

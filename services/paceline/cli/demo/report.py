@@ -66,7 +66,7 @@ class Report:
     moved: Moved
     elapsed_s: float
     learning: Learning | None = None
-    """Of the last round; None where the model has no draft to learn with."""
+    """Of the last round; None where no draft could be made for the model."""
 
     @property
     def num_completed(self) -> int:

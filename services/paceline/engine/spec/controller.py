@@ -148,8 +148,9 @@ class Controller:
         max_depth: int,
         rng: random.Random,
     ) -> None:
-        """`arms`: names; of arms that are equally good the first is taken."""
+        """`arms`: names, tried in this order."""
         self._arms = tuple(arms)
+        self._ranked = _ranked(arms)
         self._times = StepTimes(cost)
         self._max_nodes, self._max_depth = max_nodes, max_depth
         self._rng = rng
@@ -223,6 +224,7 @@ class Controller:
     def retire(self, arms: Collection[str]) -> None:
         """Choose these arms no more; what the running step still has of them may be observed."""
         self._arms = tuple(arm for arm in self._arms if arm not in arms)
+        self._ranked = _ranked(self._arms)
         for sequence in self._sequences.values():
             sequence.choice = None
 
@@ -232,6 +234,7 @@ class Controller:
         What was known of retired arms is forgotten.
         """
         self._arms += tuple(arm for arm in arms if arm not in self._arms)
+        self._ranked = _ranked(self._arms)
         kept = set(self._arms)
         _keep(self._draft_times, kept, DraftTimes)
         _keep(self._levels, kept)
@@ -299,10 +302,9 @@ class Controller:
         """Return the arm and the size of the highest expected rate."""
         off_rate = times.rows / times.at(0)
         best_arm, best_rate, best_size = OFF, off_rate * _MARGIN, 0
-        # Unions come first: all that a part would draft is in them.
-        for arm in sorted(self._arms, key=lambda arm: -arm.count("+")):
+        for arm, parts in self._ranked.items():
             rate, size = self._best_size(sequence.profile(arm), arm, times)
-            is_part = set(arm.split("+")) < set(best_arm.split("+"))
+            is_part = best_arm != OFF and parts < self._ranked[best_arm]
             if rate > best_rate * (_DOUBT if is_part else 1.0):
                 best_arm, best_rate, best_size = arm, rate, size
         if best_arm == OFF:
@@ -398,6 +400,12 @@ class Controller:
                     known.calibration(tree.sources[node]).add(
                         tree.confidences[node], node in accepted
                     )
+
+
+def _ranked(arms: Iterable[str]) -> dict[str, frozenset[str]]:
+    """Return the parts of arms, unions first: all that a part would draft is in them."""
+    parts = {arm: frozenset(arm.split("+")) for arm in arms}
+    return dict(sorted(parts.items(), key=lambda item: -len(item[1])))
 
 
 def _keep(

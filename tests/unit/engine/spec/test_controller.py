@@ -9,7 +9,8 @@ from random import Random
 import pytest
 
 from paceline.domain.cost import StepCost, StepShape
-from paceline.engine.spec.controller import OFF, Controller, Outcome, RowView
+from paceline.engine.spec.controller import OFF, Controller, Decision, Outcome, RowView
+from paceline.engine.spec.profile import DraftTimes
 from paceline.engine.spec.report import DECISION_REASONS
 from paceline.engine.spec.tree import EMPTY_TREE, DraftTree, Proposal
 from tests.unit.engine.spec.simulated import (
@@ -334,3 +335,25 @@ def test_outcomes_of_other_arms_do_not_disturb() -> None:
     decider.forget(0)
     decider.forget(17)
     assert decider.num_sequences == 0
+
+
+def test_catching_up_with_a_prompt_is_not_what_a_level_costs() -> None:
+    times = DraftTimes()
+    # The first call of every answer reads a prompt.
+    for call in range(200):
+        times.note(1, 4, 0.050 if call % 16 == 0 else 0.002)
+    assert times.level_s(1) == pytest.approx(0.0005, rel=0.2)
+    assert times.of(1) > 0.003
+
+
+@pytest.mark.parametrize(("level", "chosen"), [(0.60, "trie+model"), (0.68, "model")])
+def test_a_part_has_to_seem_clearly_better_than_its_union(level: float, chosen: str) -> None:
+    decider = controller(MEMORY_BOUND, arms=("model", "trie+model"), nodes=1)
+    step, row = StepShape(rows=1), RowView(0, "", "AUTO", 8)
+    decider.plan([row], step)
+    for arm, value in (("trie+model", 0.59), ("model", level)):
+        tree = DraftTree((1,), (-1,), (value,), (value,), (arm,))
+        for _ in range(400):
+            decider.prune([tree], [row], [Decision(arm, "on")], step, 0.0)
+    decisions = [decider.plan([row], step)[0] for _ in range(12)]
+    assert [d.arm for d in decisions if d.reason == "on"][-1] == chosen

@@ -2,12 +2,11 @@
 
 A path of a later tree is inserted behind the longest prefix of it that is there already. What
 an edge is worth is the largest of what its proposers say (value of the node over that of its
-parent), siblings leave each other no more than 1 together, and a node's value is the product along
-its path. The largest and not a noisy-or: the
-proposers learnt from the same text, so that their agreeing is little further evidence, while
-any of them may know better than the others. A node that several propose stays the first's, with
-its confidence: that is whose calibration learns what became of it. `DraftTree.also` names the
-others.
+parent), where siblings leave each other no more than 1 together, and a node's value is the product
+along its path. The largest and not a noisy-or: the proposers learnt from the same text, so that
+their agreeing is little further evidence, while any of them may know better than the others. A node
+that several propose stays the first's, with its confidence: that is whose calibration learns what
+became of it. `DraftTree.also` names the others.
 
 Drawn children (recursive rejection) stay exact under three rules.
  1. Draws are kept of one tree only, the first that has some; it is inserted first, so that its
