@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from paceline.trainer.losses import TargetProbs
+from paceline.trainer.losses import Loss, TargetProbs
+from paceline.trainer.sliced_adamw import NotFiniteError
 from paceline.trainer.texts import Text
 
 
@@ -45,6 +46,24 @@ class GuessingModel(nn.Module, ABC):
 
         In parts, so that logits of one part are in memory at a time.
         """
+
+    def add_gradient(self, texts: Sequence[Text], loss: Loss) -> tuple[float, float]:
+        """Add the gradient of a loss along texts; return the sums of the loss and of its weights.
+
+        Raises:
+            NotFiniteError: a loss is not finite; what was added is of no use.
+        """
+        loss_sum = weight_sum = 0.0
+        for guesses in self.guesses(texts):
+            loss_N = loss(guesses.logits_NV, guesses.target)
+            part = (loss_N * guesses.weights_N).sum()
+            value = float(part.detach())
+            if not abs(value) < float("inf"):
+                raise NotFiniteError("a loss that is not finite")
+            part.backward()
+            loss_sum += value
+            weight_sum += float(guesses.weights_N.sum())
+        return loss_sum, weight_sum
 
     @abstractmethod
     def chain_matches(self, text: Text, depth: int) -> torch.Tensor:

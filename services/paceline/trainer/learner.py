@@ -184,16 +184,13 @@ class OnlineLearner:
     def _learn(self, texts: Sequence[Text], num_tokens: int) -> None:
         self.counters.num_tokens += num_tokens
         self._tokens_left -= num_tokens
-        for guesses in self.model.guesses(texts):
-            loss_N = self._loss(guesses.logits_NV, guesses.target)
-            loss = (loss_N * guesses.weights_N).sum()
-            value = float(loss.detach())
-            if not abs(value) < float("inf"):
-                self._skip("loss-not-finite")
-                return
-            loss.backward()
-            self._loss_sum += value
-            self._weight_sum += float(guesses.weights_N.sum())
+        try:
+            loss_sum, weight_sum = self.model.add_gradient(texts, self._loss)
+        except NotFiniteError:
+            self._skip("loss-not-finite")
+            return
+        self._loss_sum += loss_sum
+        self._weight_sum += weight_sum
         self._batch_tokens += num_tokens
 
     def _advance(self, until_s: float) -> None:

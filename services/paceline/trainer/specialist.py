@@ -24,7 +24,7 @@ from paceline.trainer.losses import LOSSES
 from paceline.trainer.low_rank import merged, with_differences
 from paceline.trainer.micro_batches import MicroBatches, Pace
 from paceline.trainer.replay import ReplayBuffer
-from paceline.trainer.sliced_adamw import NotFiniteError, SlicedAdamW
+from paceline.trainer.sliced_adamw import SlicedAdamW
 from paceline.trainer.texts import Text
 from paceline.trainer.train import TrainPlan, rate_at
 
@@ -137,13 +137,8 @@ class Specialist:
         self._num_batches += 1
         # The sums are used more than once in a pass.
         with parametrize.cached():
-            for guesses in self._model.guesses(texts):
-                loss_N = self._loss(guesses.logits_NV, guesses.target)
-                loss = (loss_N * guesses.weights_N).sum()
-                if not abs(float(loss.detach())) < float("inf"):
-                    raise NotFiniteError("a loss that is not finite")
-                loss.backward()
-                self._weight_sum += float(guesses.weights_N.sum())
+            _, weight_sum = self._model.add_gradient(texts, self._loss)
+        self._weight_sum += weight_sum
         num_learned = sum(len(text.tokens_T) for text in texts)
         self._batch_tokens += num_learned
         self.num_tokens += num_learned
