@@ -51,8 +51,9 @@ def _check_running(s: Sequence, pool: BlockPool, block_size: int) -> list[str]:
         problems.append(f"{s.num_computed} computed behind its target")
     if len(set(s.pages)) != len(s.pages):
         problems.append("holds a page twice")
-    if s.pending_copy is not None and s.pending_copy[1] != s.pages[-1]:
-        problems.append("is to be copied to a page that is not its last")
+    # Behind it there may be pages for a draft that failed.
+    if s.pending_copy is not None and s.pending_copy[1] != s.pages[s.num_computed // block_size]:
+        problems.append("is to be copied to a page that is not its next")
     num_full = s.num_computed // block_size
     if s.num_registered > num_full:
         problems.append(f"{s.num_registered} blocks registered, {num_full} full")

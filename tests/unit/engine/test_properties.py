@@ -420,3 +420,38 @@ TestEngine.settings = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
+
+
+class Nothing:
+    """Draws of a request that begins anew."""
+
+    def draw(self, strategy: object) -> bool:
+        return False
+
+
+def test_a_draft_that_fails_behind_a_page_to_be_copied_leaves_the_books_right() -> None:
+    machine = EngineMachine()
+    machine.build(
+        num_pages=12,
+        chunk_tokens=1,
+        max_num_seqs=3,
+        answers_at_once=False,
+        has_store=False,
+        has_drafts=True,
+    )
+    for length in range(1, 8):
+        machine.submit(
+            family=0,
+            length=length,
+            n=2,
+            max_tokens=4,
+            priority=0,
+            ignore_eos=False,
+            stop=frozenset(),
+            is_prefill_only=False,
+            data=Nothing(),
+        )
+        for _ in range(2 * length):
+            machine.step_that_fails(row=1)
+            machine.books_hold()
+    machine.teardown()
