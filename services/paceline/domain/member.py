@@ -20,6 +20,7 @@ class Role(Enum):
     DECODE = "decode"
     KVSTORE = "kvstore"
     TRAINER = "trainer"
+    AUTOSCALER = "autoscaler"
 
 
 @dataclass(frozen=True, slots=True)

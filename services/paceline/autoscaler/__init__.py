@@ -1,0 +1,1 @@
+"""Sizes the pools of workers: observation, forecast, required capacity, decision, effect."""
