@@ -38,6 +38,9 @@ _EXPLORED_SHARE = 0.01
 """Share of the time that may go to arms other than the best."""
 _FIRST_TRIALS = 4
 """Rounds in which an arm that nobody has used yet is tried whatever it costs."""
+_KNOWN_DRAFTS = 24
+"""Drafts of an arm in a domain after which a trial is charged what the best arm would have brought:
+before, nobody knows whether it is not the best itself."""
 _MARGIN = 1.02
 """How much faster than no draft one must be to be made: predictions are off by some per cent."""
 _DOUBT = 1.04
@@ -350,13 +353,25 @@ class Controller:
             return None
         num_drafts = {arm: sequence.domain.profiles[arm].num_drafts for arm in arms}
         arm = min(arms, key=num_drafts.__getitem__)
-        cost_s = self._draft_times[arm].of(1) + times.at(_USUAL_SIZE) - times.at(0)
+        cost_s = self._trial_s(sequence.domain.profiles[arm], arm, choice, times)
         is_new = self._all.profiles[arm].num_drafts < _FIRST_TRIALS
         if not is_new:
             if self._allowance_s < cost_s:
                 return None
             self._allowance_s -= cost_s
         return self._sized(arm, self._max_nodes, choice.rate, times)
+
+    def _trial_s(self, profile: Profile, arm: str, choice: _Choice, times: NodeCurve) -> float:
+        """Return what trying an arm for one sequence costs: what it takes beside the step itself.
+
+        Of an arm that is known well also what the chosen one would have brought in that time.
+        """
+        cost_s = self._draft_times[arm].of(1) + times.at(_USUAL_SIZE) - times.at(0)
+        if profile.num_drafts < _KNOWN_DRAFTS:
+            return cost_s
+        rate, size = self._best_size(profile, arm, times)
+        step_s = times.at(times.rows * size) + self._draft_times[arm].of(times.rows)
+        return max(cost_s, step_s * (1.0 - rate / choice.rate) / times.rows)
 
     def _sequence(self, row: RowView) -> _Sequence:
         sequence = self._sequences.get(row.sequence_id)
