@@ -11,7 +11,7 @@ _CODES = (
     "OUT_OF_RANGE", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS", "UNAUTHENTICATED",
 )  # fmt: skip
 
-_METHOD = Label("method", "full name of the gRPC method", max_values=64)
+_METHOD = Label("method", "full name of the gRPC method", max_values=24)
 _GENERATION = Label("generation", "of the collector, 2 is the whole heap", ("0", "1", "2"))
 
 
