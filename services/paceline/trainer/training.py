@@ -253,7 +253,6 @@ class Training:
     def _note_spare(self) -> None:
         ledger, metrics = self._spare.ledger, self._metrics
         metrics.trainer_granted_threads.set(self._spare.granted.threads)
-        metrics.trainer_spare_share_ratio.set(ledger.spare_share)
         now = (ledger.offered_s, ledger.used_s, ledger.num_yields)
         counters = (
             metrics.trainer_spare_offered_core_seconds,

@@ -351,7 +351,8 @@ class EngineBridge:
 
     def _handle_step(self, step: engine_pb2.StepOutput) -> None:
         for output in step.outputs:
-            self._note_started(output.request_id, step.load.last_step_s)
+            if output.request_id in self._unheard:
+                self._note_started(output.request_id, step.load.last_step_s)
             stream = self._streams.get(output.request_id)
             if stream is None:
                 continue
@@ -364,10 +365,8 @@ class EngineBridge:
 
     def _note_started(self, engine_id: str, last_step_s: float) -> None:
         """Book the end of a request's wait; the step that is reported was its first."""
-        arrival_s = self._unheard.pop(engine_id, None)
-        if arrival_s is not None:
-            waited_s = time.monotonic() - arrival_s - last_step_s
-            self._metrics.queue_seconds.observe(max(0.0, waited_s))
+        waited_s = time.monotonic() - self._unheard.pop(engine_id) - last_step_s
+        self._metrics.queue_seconds.observe(max(0.0, waited_s))
 
     def _note_load(self, load: engine_pb2.EngineLoad) -> None:
         if load.HasField("speculation"):

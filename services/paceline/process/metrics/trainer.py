@@ -51,9 +51,6 @@ class TrainerArea(Area):
     trainer_spare_granted_core_seconds = counter(
         "Core seconds granted to training of those.", "core seconds"
     )
-    trainer_spare_share_ratio = gauge(
-        "Part of the spare core seconds granted to training since the start.", "ratio"
-    )
     trainer_yields = counter("Times that a running grant was taken back.", "times")
     trainer_yield_seconds = seconds(
         "Processor time that the learner still used after a grant was taken back."
