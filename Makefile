@@ -7,10 +7,10 @@ KERNELS := kernels/paceline_kernels/cpu
 KERNELS_STAMP := $(VENV)/.kernels
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check fmt proto test demo up
+.PHONY: help setup check fmt proto metrics-page test demo up
 
 help: ## List the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-8s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
 
 setup: $(STAMP) $(KERNELS_STAMP) ## Create .venv with everything (PYTHON= chooses the interpreter)
 
@@ -26,7 +26,7 @@ $(KERNELS_STAMP): $(STAMP) $(KERNELS)/build.py $(wildcard $(KERNELS)/csrc/*)
 	$(BIN)/python -m paceline_kernels.cpu.build
 	@touch $@
 
-check: $(STAMP) ## Lint, types, import rules, wire contracts
+check: $(STAMP) ## Lint, types, import rules, wire contracts, generated pages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -34,12 +34,16 @@ check: $(STAMP) ## Lint, types, import rules, wire contracts
 	$(BIN)/buf lint proto
 	$(BIN)/buf breaking proto --against proto/base.binpb
 	scripts/check_stubs.sh
+	$(BIN)/python -m paceline.process.metrics.page | diff docs/metrics.md -
 
 fmt: $(STAMP) ## Format the code
 	$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format .
 
 proto: $(STAMP) ## Regenerate the stubs from proto/
 	scripts/generate_stubs.sh
+
+metrics-page: $(STAMP) ## Write docs/metrics.md from the declarations
+	$(BIN)/python -m paceline.process.metrics.page > docs/metrics.md
 
 test: $(STAMP) $(KERNELS_STAMP) ## Run the whole suite
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile tests/unit tests/kernels tests/docs

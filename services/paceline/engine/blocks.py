@@ -37,6 +37,11 @@ class BlockPool:
         """Pages that `allocate` can hand out now."""
         return len(self._free) + len(self._reclaimable)
 
+    @property
+    def num_cached(self) -> int:
+        """Pages that serve prefix hits, held or not."""
+        return len(self._page_of_key)
+
     def unused(self, count: int) -> list[int]:
         """Return so many pages that nobody holds and nothing is found in, or none."""
         return self._free[len(self._free) - count :] if 0 < count <= len(self._free) else []

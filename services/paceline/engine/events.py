@@ -105,5 +105,7 @@ class EngineLoad:
     num_preemptions: int
     num_steps: int
     num_evictions: int
+    cached_blocks: int
+    """That prompts can be found in, held or not."""
     speculation: SpeculationReport | None = None
     """The last report; None without speculation."""

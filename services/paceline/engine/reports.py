@@ -58,6 +58,7 @@ def load_report(
         num_preemptions=s.num_preemptions,
         num_steps=num_steps,
         num_evictions=s.pool.num_evictions,
+        cached_blocks=s.pool.num_cached,
         speculation=speculation,
     )
 

@@ -46,9 +46,10 @@ async def serve(settings: GatewaySettings) -> int:
     tasks = Tasks(stop)
     tokenizer = ModelTokenizer(settings.model)
     authenticator = Authenticator.from_file(settings.api_keys)
-    membership = Membership(settings.redis_url, settings.fleet)
+    on_call = metrics.redis_seconds.observe
+    membership = Membership(settings.redis_url, settings.fleet, on_call=on_call)
     fleet = FleetView(membership, settings.model_name, metrics.redis_up.set)
-    index = BlockIndex(settings.redis_url, settings.fleet)
+    index = BlockIndex(settings.redis_url, settings.fleet, on_call=on_call)
     tokenise = TokeniseStep(tokenizer, settings.default_max_tokens, lambda: secrets.randbits(64))
     lookup = LookupStep(index)
     route = RouteStep(fleet, create_policy(settings.routing_policy), settings, metrics)

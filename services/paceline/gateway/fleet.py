@@ -106,6 +106,10 @@ class FleetView:
         found = [m for m in self._servers(role, kv_root) if not self.is_suspect(m)]
         return [m for m in found if m.id not in self._vanished] or found
 
+    def num_ready(self, role: Role) -> int:
+        """Return how many workers of a role take requests."""
+        return sum(not m.is_draining and not self.is_suspect(m) for m in self.members(role))
+
     def last_resorts(self, role: Role, kv_root: bytes) -> list[Member]:
         """Return suspects that answer again, for when `workers` has none."""
         now_s = time.monotonic()

@@ -12,13 +12,15 @@ import logging
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, contextmanager
+from functools import partial
 
 from paceline.domain.errors import DeadlineError, NotFoundError, UnavailableError
-from paceline.domain.member import ModelCard
+from paceline.domain.member import ModelCard, Role
 from paceline.gateway.admission import Admission
 from paceline.gateway.auth import Tenant
 from paceline.gateway.context import RequestContext
 from paceline.gateway.fleet import FleetView
+from paceline.gateway.goodput import Goodput
 from paceline.gateway.settings import GatewaySettings
 from paceline.gateway.steps.decode import DecodeStep
 from paceline.gateway.steps.lookup import LookupStep
@@ -59,6 +61,11 @@ class Pipeline:
         self._metrics = metrics
         self.admission = Admission(settings.max_in_flight)
         metrics.requests_running.set_function(lambda: self.admission.num_running)
+        for pool, role in (("prefill", Role.PREFILL), ("decode", Role.DECODE)):
+            metrics.ready_workers.labels(pool).set_function(partial(fleet.num_ready, role))
+        self._goodput = Goodput(
+            metrics, ttft_target_s=settings.ttft_target_s, itl_target_s=settings.itl_target_s
+        )
         self._tokenise = tokenise
         self._lookup = lookup
         self._route = route
@@ -74,13 +81,19 @@ class Pipeline:
             PacelineError: why it could not be answered, or not to its end.
         """
         ctx.tenant, ctx.may_train = tenant.name, tenant.allow_training
-        with _logged(ctx), self.admission.admit(tenant.name, ctx.request_id):
+        with (
+            self._goodput.counted(ctx),
+            _logged(ctx),
+            self.admission.admit(tenant.name, ctx.request_id),
+        ):
             check_request(ctx.request, self._limits)
             ctx.model = await self.model(ctx.request.model, tenant, ctx.remaining_s())
             check_against_model(ctx.request, ctx.model)
             check_speculation(ctx.request.speculation.mode, self._fleet.drafters(ctx.model.kv_root))
             await self._tokenise(ctx)
-            self._metrics.prompt_tokens.inc(len(ctx.tokens().prompt_token_ids))
+            num_prompt_tokens = len(ctx.tokens().prompt_token_ids)
+            self._metrics.prompt_tokens.inc(num_prompt_tokens)
+            self._metrics.request_prompt_tokens.observe(num_prompt_tokens)
             await self._lookup(ctx)
             await self._route(ctx)
             await self._prefill(ctx)
@@ -93,7 +106,7 @@ class Pipeline:
                         if ctx.is_finished:
                             break
                         await self._decode.stop(ctx, chunk.index)
-            self._metrics.cached_tokens.inc(ctx.cached_tokens)
+            self._metrics.cached_prompt_tokens.inc(ctx.cached_tokens)
 
     async def model(self, name: str, tenant: Tenant, timeout_s: float) -> ModelCard:
         """Return what is served under a name, once a worker has said so.

@@ -49,6 +49,10 @@ class GatewaySettings(ServiceSettings):
     hop_s: float = Field(default=0.01, ge=0)
     """Cost of handing a request from a prefill to a decode worker, for routing; measured on
     loopback: time to first token is 13 ms longer than on one worker, one step included."""
+    ttft_target_s: float = Field(default=1.0, gt=0)
+    """Longest time to first token of a request that counts as good; an edge of the buckets."""
+    itl_target_s: float = Field(default=0.1, gt=0)
+    """Longest mean gap between tokens of a request that counts as good; an edge of the buckets."""
     drain_grace_s: float = Field(default=25.0, ge=0)
     """Seconds that running requests get to finish on SIGTERM."""
 

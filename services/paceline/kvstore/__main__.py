@@ -134,9 +134,10 @@ class Parts:
 
 def _build(settings: KvNodeSettings, node_id: str, file: ArenaFile, metrics: Metrics) -> Parts:
     presence = Presence()
-    membership = Membership(settings.redis_url, settings.fleet)
+    on_call = metrics.redis_seconds.observe
+    membership = Membership(settings.redis_url, settings.fleet, on_call=on_call)
     heartbeat = Heartbeat(membership, presence.current, on_state=metrics.redis_up.set)
-    index = BlockIndex(settings.redis_url, settings.fleet)
+    index = BlockIndex(settings.redis_url, settings.fleet, on_call=on_call)
     publisher = Publisher(
         index,
         node_id,
@@ -161,7 +162,8 @@ def _build(settings: KvNodeSettings, node_id: str, file: ArenaFile, metrics: Met
     counters = NodeCounters()
     transports = Transports("grpc" if settings.transport == "grpc" else None)
     timeout_s = settings.pull_timeout_s
-    puller = Puller(store, file, transports, counters, timeout_s=timeout_s)
+    on_fetch = metrics.kv_node_pull_seconds.observe
+    puller = Puller(store, file, transports, counters, timeout_s=timeout_s, on_fetch=on_fetch)
     node = KvNode(node_id, file, store, puller, publisher, counters, pull_timeout_s=timeout_s)
     return Parts(node, puller, transports, index, publisher, membership, heartbeat, presence)
 

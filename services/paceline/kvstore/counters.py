@@ -21,6 +21,8 @@ class NodeCounters:
     pulled_bytes: int = 0
     served_blocks: int = 0
     """Sent to other nodes."""
+    promised_blocks: int = 0
+    """That the index promised to another node and that were not there."""
     corrupt_blocks: int = 0
     """Whose bytes did not match their checksum."""
     failed_pulls: int = 0

@@ -13,7 +13,7 @@ itself. Nodes write (publisher.py), gateways look up.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from paceline.domain.errors import UnavailableError
@@ -123,9 +123,16 @@ return redis.call('SPOP', KEYS[2], ARGV[3])
 class BlockIndex:
     """The index of one fleet. Calls fail within `timeout_s`, and at once while Redis is away."""
 
-    def __init__(self, redis_url: str, fleet: str, *, timeout_s: float = 0.5) -> None:
+    def __init__(
+        self,
+        redis_url: str,
+        fleet: str,
+        *,
+        timeout_s: float = 0.5,
+        on_call: Callable[[float], None] | None = None,
+    ) -> None:
         self._fleet = fleet
-        self._link = RedisLink(redis_url, timeout_s)
+        self._link = RedisLink(redis_url, timeout_s, on_call)
         self._breaker = Breaker(BREAK_S)
 
     async def publish(

@@ -246,6 +246,7 @@ class KvNode:
             block = self._read(layout, key)
             if block is None:
                 self._publisher.note(layout.kv_root, key, False)
+                self.counters.promised_blocks += 1
                 continue
             self.counters.served_blocks += 1
             yield block

@@ -56,6 +56,8 @@ class Publisher:
         self._published_s: dict[bytes, float] = {}
         self._stale_roots: set[bytes] = set()
         self._is_connected = True
+        self.num_rebuilds = 0
+        """Times that all blocks of a layout were published anew."""
 
     @property
     def num_pending(self) -> int:
@@ -137,6 +139,7 @@ class Publisher:
         await self._index.clear(root, self._node_id, epoch)
         await self._index.renew(root, self._node_id, epoch, self._lease_s)
         num_keys = await self._publish_all(root, epoch)
+        self.num_rebuilds += 1
         logger.info("index-rebuilt", extra={"fields": {"root": root.hex(), "blocks": num_keys}})
 
     async def _publish_all(self, root: bytes, epoch: int) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
 
 from xxhash import xxh3_64_intdigest
@@ -42,12 +42,15 @@ class Puller:
         counters: NodeCounters,
         *,
         timeout_s: float,
+        on_fetch: Callable[[float], None] | None = None,
     ) -> None:
+        """`on_fetch` hears how many seconds each fetch took, whatever came of it."""
         self._store = store
         self._file = file
         self._transports = transports
         self._counters = counters
         self._timeout_s = timeout_s
+        self._on_fetch = on_fetch
         self._tasks: set[asyncio.Task[None]] = set()
         self._in_flight: dict[tuple[bytes, bytes], asyncio.Task[None]] = {}
         self._limit = asyncio.Semaphore(MAX_FETCHES)
@@ -111,6 +114,7 @@ class Puller:
     async def _fetch(
         self, session_id: str, layout: KvLayoutInfo, keys: list[bytes], source: str
     ) -> None:
+        begun_s = _now_s()
         try:
             self._store.open_session(session_id, layout.shape, _now_s())
             async with asyncio.timeout(self._timeout_s), self._limit:
@@ -124,6 +128,8 @@ class Puller:
             fields = {"source": source, "error": str(error) or "timeout"}
             logger.info("pull-failed", extra={"fields": fields})
         finally:
+            if self._on_fetch is not None:
+                self._on_fetch(_now_s() - begun_s)
             # Nobody but this task writes its slots, so they need no rest.
             self._store.close_session(session_id, _now_s(), quarantine_s=0.0)
 

@@ -41,7 +41,6 @@ class Report:
         metrics.kv_node_capacity_bytes.set(usage.capacity_bytes)
         metrics.kv_node_pinned_blocks.set(usage.num_pinned_blocks)
         metrics.kv_node_reserved_slots.set(usage.num_reserved_slots)
-        metrics.kv_node_sessions.set(usage.num_sessions)
         metrics.kv_node_index_pending.set(self._publisher.num_pending)
         metrics.kv_node_index_up.set(self._publisher.is_connected)
         self._count("committed", counters.committed_blocks, metrics.kv_node_committed_blocks.inc)
@@ -53,6 +52,9 @@ class Report:
         self._count("evicted", usage.num_evicted, metrics.kv_node_evicted_blocks.inc)
         self._count("corrupt", counters.corrupt_blocks, metrics.kv_node_corrupt_blocks.inc)
         self._count("failed_pulls", counters.failed_pulls, metrics.kv_node_failed_pulls.inc)
+        self._count("promised", counters.promised_blocks, metrics.kv_node_index_misses.inc)
+        rebuilds = self._publisher.num_rebuilds
+        self._count("rebuilds", rebuilds, metrics.kv_node_index_rebuilds.inc)
 
     def _count(self, name: str, total: int, increase: Callable[[float], None]) -> None:
         increase(total - self._reported.get(name, 0))

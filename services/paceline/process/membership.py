@@ -64,8 +64,12 @@ class Script:
 class RedisLink:
     """Runs scripts on Redis, each call under one deadline."""
 
-    def __init__(self, redis_url: str, timeout_s: float) -> None:
+    def __init__(
+        self, redis_url: str, timeout_s: float, on_call: Callable[[float], None] | None = None
+    ) -> None:
+        """`on_call` hears how many seconds each call took, whatever came of it."""
         self._timeout_s = timeout_s
+        self._on_call = on_call
         pool: BlockingConnectionPool = BlockingConnectionPool.from_url(
             redis_url,
             max_connections=MAX_CONNECTIONS,
@@ -85,11 +89,14 @@ class RedisLink:
         """
         task = asyncio.current_task()
         num_cancels = task.cancelling() if task is not None else 0
+        begun_s = time.monotonic()
         try:
             return await self._call(script, keys, args)
         except (RedisError, OSError, TimeoutError) as error:
             raise UnavailableError(f"Redis: {str(error) or 'timeout'}", reason=REASON) from error
         finally:
+            if self._on_call is not None:
+                self._on_call(time.monotonic() - begun_s)
             # The client drops a cancellation that arrives while it opens a connection.
             if task is not None and task.cancelling() > num_cancels:
                 raise asyncio.CancelledError
@@ -170,10 +177,16 @@ class Membership:
     """Reads and writes the records of one fleet."""
 
     def __init__(
-        self, redis_url: str, fleet: str, *, lease_s: float = 3.0, timeout_s: float = 1.0
+        self,
+        redis_url: str,
+        fleet: str,
+        *,
+        lease_s: float = 3.0,
+        timeout_s: float = 1.0,
+        on_call: Callable[[float], None] | None = None,
     ) -> None:
         self.lease_s = lease_s
-        self._link = RedisLink(redis_url, timeout_s)
+        self._link = RedisLink(redis_url, timeout_s, on_call)
         tag = f"pl:{{{fleet}}}"
         self._keys = [f"{tag}:leases", f"{tag}:members", f"{tag}:epochs"]
         self._epochs: dict[str, int] = {}

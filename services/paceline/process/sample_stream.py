@@ -7,7 +7,7 @@ oldest first. A payload may be there twice when the connection broke while it wa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from paceline.process.membership import RedisLink, Script
 
@@ -70,9 +70,10 @@ class SampleStream:
         max_samples: int = 4096,
         retention_s: float = 3600,
         timeout_s: float = 1.0,
+        on_call: Callable[[float], None] | None = None,
     ) -> None:
         """`max_samples` and `retention_s` bound the stream, `timeout_s` each call."""
-        self._link = RedisLink(redis_url, timeout_s)
+        self._link = RedisLink(redis_url, timeout_s, on_call)
         self._keys = [f"pl:{{{fleet}}}:samples:{model_digest}"]
         self._max_samples = max_samples
         self._retention_ms = round(retention_s * 1000)

@@ -105,7 +105,8 @@ async def serve(settings: TrainerSettings) -> int:
         exposed = serve_metrics(metrics, settings.host, settings.metrics_port)
         stack.callback(exposed.close)
         await server.start()
-        membership = Membership(settings.redis_url, settings.fleet)
+        on_call = metrics.redis_seconds.observe
+        membership = Membership(settings.redis_url, settings.fleet, on_call=on_call)
         stack.push_async_callback(membership.close)
         member = _member(settings, server.port, exposed.port)
         presence = Presence(member, attendants)
@@ -137,7 +138,8 @@ def _training(
 ) -> Training | None:
     if not settings.training:
         return None
-    stream = SampleStream(settings.redis_url, settings.fleet, digest)
+    on_call = metrics.redis_seconds.observe
+    stream = SampleStream(settings.redis_url, settings.fleet, digest, on_call=on_call)
     stack.push_async_callback(stream.close)
     cores = os.sched_getaffinity(0)
     spare = Spare(POLICIES[settings.spare](SpareRules()), len(cores), IdleCores(cores))

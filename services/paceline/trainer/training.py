@@ -116,6 +116,7 @@ class Training:
         self._pid: int | None = None
         self._pausing: asyncio.Task[None] | None = None
         self._noted = learner_pb2.LearnerProgress()
+        self._noted_spare = (0.0, 0.0, 0)
         """What metrics know."""
 
     @property
@@ -252,10 +253,15 @@ class Training:
     def _note_spare(self) -> None:
         ledger, metrics = self._spare.ledger, self._metrics
         metrics.trainer_granted_threads.set(self._spare.granted.threads)
-        metrics.trainer_spare_offered_seconds.set(ledger.offered_s)
-        metrics.trainer_spare_granted_seconds.set(ledger.used_s)
-        metrics.trainer_yields.set(ledger.num_yields)
-        metrics.trainer_spare_share.set(ledger.spare_share)
+        now = (ledger.offered_s, ledger.used_s, ledger.num_yields)
+        counters = (
+            metrics.trainer_spare_offered_core_seconds,
+            metrics.trainer_spare_granted_core_seconds,
+            metrics.trainer_yields,
+        )
+        for counter, total, noted in zip(counters, now, self._noted_spare, strict=True):
+            counter.inc(max(0.0, total - noted))
+        self._noted_spare = now
 
     def _note_progress(self, progress: learner_pb2.LearnerProgress) -> None:
         metrics, last = self._metrics, self._noted

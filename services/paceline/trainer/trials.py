@@ -21,7 +21,7 @@ from paceline.domain.draft_records import DraftRecord, DraftStage
 from paceline.domain.drafts import MODEL_DRAFTER
 from paceline.domain.errors import PacelineError, PreconditionError
 from paceline.domain.learnings import SequenceOutcome
-from paceline.process.metrics import Metrics
+from paceline.process.metrics import Metrics, RecentVersions
 from paceline.trainer.canary import (
     CanaryAction,
     CanaryRules,
@@ -87,6 +87,7 @@ class Trials:
         self._training = training
         self._directory = directory
         self._metrics = metrics
+        self._recent = RecentVersions((metrics.draft_tried_tokens, metrics.draft_accepted_tokens))
         self._rules = rules or TrialRules()
         self._drafter = drafter
         self._trial: CanaryTrial | None = None
@@ -125,8 +126,12 @@ class Trials:
             if outcome.drafter != self._drafter:
                 continue
             labels = (outcome.drafter, outcome.draft_version)
-            self._metrics.draft_tried_tokens.labels(*labels).inc(outcome.num_tried)
-            self._metrics.draft_accepted_tokens.labels(*labels).inc(outcome.num_accepted)
+            metrics, domain = self._metrics, outcome.domain
+            self._recent.note(*labels)
+            metrics.draft_tried_tokens.labels(*labels).inc(outcome.num_tried)
+            metrics.draft_accepted_tokens.labels(*labels).inc(outcome.num_accepted)
+            metrics.draft_domain_tried_tokens.labels(domain).inc(outcome.num_tried)
+            metrics.draft_domain_accepted_tokens.labels(domain).inc(outcome.num_accepted)
             if self._trial is not None:
                 self._trial.note(outcome)
             if self._watch is not None:

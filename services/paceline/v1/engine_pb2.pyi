@@ -219,7 +219,7 @@ class StepOutput(_message.Message):
     def __init__(self, outputs: _Optional[_Iterable[_Union[RequestOutput, _Mapping]]] = ..., load: _Optional[_Union[EngineLoad, _Mapping]] = ...) -> None: ...
 
 class EngineLoad(_message.Message):
-    __slots__ = ("num_waiting", "num_running", "num_pending_prefill_tokens", "num_free_blocks", "num_total_blocks", "last_step_s", "num_preemptions", "num_steps", "num_context_tokens", "num_evictions", "speculation")
+    __slots__ = ("num_waiting", "num_running", "num_pending_prefill_tokens", "num_free_blocks", "num_total_blocks", "last_step_s", "num_preemptions", "num_steps", "num_context_tokens", "num_evictions", "speculation", "num_cached_blocks")
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_PENDING_PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -231,6 +231,7 @@ class EngineLoad(_message.Message):
     NUM_CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_EVICTIONS_FIELD_NUMBER: _ClassVar[int]
     SPECULATION_FIELD_NUMBER: _ClassVar[int]
+    NUM_CACHED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     num_waiting: int
     num_running: int
     num_pending_prefill_tokens: int
@@ -242,7 +243,8 @@ class EngineLoad(_message.Message):
     num_context_tokens: int
     num_evictions: int
     speculation: SpeculationReport
-    def __init__(self, num_waiting: _Optional[int] = ..., num_running: _Optional[int] = ..., num_pending_prefill_tokens: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_total_blocks: _Optional[int] = ..., last_step_s: _Optional[float] = ..., num_preemptions: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_context_tokens: _Optional[int] = ..., num_evictions: _Optional[int] = ..., speculation: _Optional[_Union[SpeculationReport, _Mapping]] = ...) -> None: ...
+    num_cached_blocks: int
+    def __init__(self, num_waiting: _Optional[int] = ..., num_running: _Optional[int] = ..., num_pending_prefill_tokens: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_total_blocks: _Optional[int] = ..., last_step_s: _Optional[float] = ..., num_preemptions: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_context_tokens: _Optional[int] = ..., num_evictions: _Optional[int] = ..., speculation: _Optional[_Union[SpeculationReport, _Mapping]] = ..., num_cached_blocks: _Optional[int] = ...) -> None: ...
 
 class SpeculationReport(_message.Message):
     __slots__ = ("drafters", "decisions", "predicted_rate", "off_rate", "draft_version")

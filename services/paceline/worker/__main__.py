@@ -62,7 +62,8 @@ async def serve(settings: WorkerSettings) -> int:
         ready = await _start(bridge, settings, stop)
         if ready is None:
             return 0
-        membership = Membership(settings.redis_url, settings.fleet)
+        on_call = metrics.redis_seconds.observe
+        membership = Membership(settings.redis_url, settings.fleet, on_call=on_call)
         stack.push_async_callback(membership.close)
         tasks = Tasks(stop)
         stack.push_async_callback(tasks.close)
@@ -72,7 +73,9 @@ async def serve(settings: WorkerSettings) -> int:
         link = KvLink(bridge, _layout(ready), worker_id(settings), find_node, metrics, tasks)
         if settings.kv_node:
             tasks.spawn(link.run(), "kv-link", is_vital=True)
-        stream = SampleStream(settings.redis_url, settings.fleet, ready.model_digest)
+        stream = SampleStream(
+            settings.redis_url, settings.fleet, ready.model_digest, on_call=on_call
+        )
         stack.push_async_callback(stream.close)
         publisher = SamplePublisher(stream, metrics)
         trainer_link = TrainerLink(settings, worker_id(settings), ready, bridge, metrics)

@@ -111,7 +111,7 @@ class Attendance:
     def note_state(self, state: DraftState) -> None:
         """Take what the engine drafts with now."""
         self._metrics.draft_swaps.inc(max(0, state.num_swaps - self._state.num_swaps))
-        self._metrics.draft_swap_stall_seconds.set(state.max_swap_stall_s)
+        self._metrics.draft_swap_stall_max_seconds.set(state.max_swap_stall_s)
         self._state = state
         self._tell_state()
 

@@ -13,6 +13,7 @@ import contextlib
 import logging
 import socket
 import sys
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 
@@ -67,12 +68,14 @@ class EngineBridge:
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._ready: engine_pb2.EngineReady | None = None
+        self._block_bytes = 0
         self._has_ended = False
         self._num_events = 0
         self._frames = FrameReader()
         self._integrity: deque[asyncio.Future[engine_pb2.IntegrityReport]] = deque()
         self._reported = engine_pb2.EngineLoad()
-        self._unheard: set[str] = set()
+        self._unheard: dict[str, float] = {}
+        """When requests came that the engine has said nothing about yet, monotonic."""
         self._speculation = SpeculationMetrics(metrics)
         self.load = Load()
         self.draft_version = ""
@@ -123,6 +126,7 @@ class EngineBridge:
         if event.WhichOneof("event") != "ready":
             raise UnavailableError(event.failed.message, reason=event.failed.reason)
         self._ready = event.ready
+        self._block_bytes = event.ready.layout.block_bytes
         self.draft_version = event.ready.draft_version
         self.drafters = tuple(event.ready.drafters)
         return event.ready
@@ -289,7 +293,7 @@ class EngineBridge:
         self.send(engine_pb2.EngineCommand(submit=submit))
         self._streams[engine_id] = stream
         self._engine_ids[request_id] = engine_id
-        self._unheard.add(engine_id)
+        self._unheard[engine_id] = time.monotonic()
         self.on_load()
         try:
             async for update in stream.updates():
@@ -312,7 +316,7 @@ class EngineBridge:
     def _forget(self, request_id: str, engine_id: str) -> None:
         del self._streams[engine_id]
         if engine_id in self._unheard:
-            self._unheard.remove(engine_id)
+            del self._unheard[engine_id]
             self.on_load()
         if self._engine_ids.get(request_id) == engine_id:
             del self._engine_ids[request_id]
@@ -336,7 +340,7 @@ class EngineBridge:
                     [draft_codec.outcome_from_proto(each) for each in event.learnings.outcomes],
                 )
             case "failed":
-                self._unheard.discard(event.failed.request_id)
+                self._unheard.pop(event.failed.request_id, None)
                 stream = self._streams.get(event.failed.request_id)
                 if stream is not None:
                     stream.fail(_failure(event.failed))
@@ -347,7 +351,8 @@ class EngineBridge:
 
     def _handle_step(self, step: engine_pb2.StepOutput) -> None:
         for output in step.outputs:
-            self._unheard.discard(output.request_id)
+            if output.request_id in self._unheard:
+                self._note_started(output.request_id, step.load.last_step_s)
             stream = self._streams.get(output.request_id)
             if stream is None:
                 continue
@@ -357,6 +362,11 @@ class EngineBridge:
             if output.is_finished:
                 self.on_finished(stream)
         self._note_load(step.load)
+
+    def _note_started(self, engine_id: str, last_step_s: float) -> None:
+        """Book the end of a request's wait; the step that is reported was its first."""
+        waited_s = time.monotonic() - self._unheard.pop(engine_id) - last_step_s
+        self._metrics.queue_seconds.observe(max(0.0, waited_s))
 
     def _note_load(self, load: engine_pb2.EngineLoad) -> None:
         if load.HasField("speculation"):
@@ -379,6 +389,7 @@ class EngineBridge:
         metrics.engine_running.set(load.num_running)
         metrics.engine_free_blocks.set(load.num_free_blocks)
         metrics.engine_total_blocks.set(load.num_total_blocks)
+        metrics.engine_cached_bytes.set(load.num_cached_blocks * self._block_bytes)
         if load.num_steps > last.num_steps:
             metrics.engine_step_seconds.observe(load.last_step_s)
         metrics.engine_preemptions.inc(load.num_preemptions - last.num_preemptions)

@@ -286,6 +286,7 @@ def _load(load: EngineLoad) -> engine_pb2.EngineLoad:
         num_steps=load.num_steps,
         num_context_tokens=load.context_tokens,
         num_evictions=load.num_evictions,
+        num_cached_blocks=load.cached_blocks,
     )
 
 

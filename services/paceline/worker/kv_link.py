@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
 
 from paceline.domain.errors import UnavailableError
@@ -186,7 +187,10 @@ class KvLink:
         if client is not None and stream is not None:
             request_id_var.set(stream.log_id)
             sources = stream.kv_sources[:_MAX_SOURCES]
+            begun_s = time.monotonic()
             pinned = await client.acquire(list(lookup.keys), sources, lookup.tail_key)
+            if pinned:
+                self._note_transfer("load", begun_s)
         if arena is not self._arena:
             pinned = []
         if pinned:
@@ -230,11 +234,13 @@ class KvLink:
         client, arena = self._client, self._arena
         if not written or client is None or arena is None:
             return
+        begun_s = time.monotonic()
         try:
             readable = set(await client.commit(written))
         except UnavailableError:
             self._restart(arena)
             return
+        self._note_transfer("save", begun_s)
         self._metrics.kv_saved_blocks.inc(len(readable))
         self._metrics.kv_saved_bytes.inc(len(readable) * self._layout.block_bytes)
         for item in saved:
@@ -244,6 +250,9 @@ class KvLink:
             for block in item.blocks:
                 if block.key in readable:
                     stream.add_published(block.key, block.num_tokens)
+
+    def _note_transfer(self, direction: str, begun_s: float) -> None:
+        self._metrics.kv_transfer_seconds.labels(direction).observe(time.monotonic() - begun_s)
 
     def _send(self, command: engine_pb2.EngineCommand) -> None:
         try:

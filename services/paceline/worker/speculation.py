@@ -8,14 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from paceline.engine.spec.report import DECISION_REASONS, DrafterReport, SpeculationReport
-from paceline.process.metrics import Metrics
+from paceline.process.metrics import Metrics, RecentVersions
+from paceline.process.metrics.speculation import MAX_POSITIONS
 from paceline.v1 import engine_pb2
-
-MAX_VERSIONS = 4
-"""Versions of one drafter that have series; drafts change for as long as the worker lives."""
-
-MAX_POSITIONS = 8
-"""Positions of a draft that have series; what is accepted behind them is rare."""
 
 
 def report_to_proto(report: SpeculationReport) -> engine_pb2.SpeculationReport:
@@ -52,23 +47,30 @@ class SpeculationMetrics:
         """The latest report."""
         self.num_drafted = self.num_accepted = 0
         """Tokens proposed and accepted since the engine's start, by whomever."""
-        self._versions: dict[str, list[str]] = {}
-        """By drafter, those that have series; the present one last."""
+        self._recent = RecentVersions(
+            (
+                metrics.speculation_rounds,
+                metrics.speculation_drafted_tokens,
+                metrics.speculation_accepted_tokens,
+                metrics.speculation_emitted_tokens,
+                metrics.speculation_draft_seconds,
+            )
+        )
 
     def note(self, report: SpeculationReport) -> None:
         """Take the next report; what it has more than the last one counts."""
         last = {(drafter.name, drafter.version): drafter for drafter in self.last.drafters}
         for drafter in report.drafters:
             before = last.get((drafter.name, drafter.version)) or DrafterReport(drafter.name)
-            self._note_version(drafter.name, drafter.version)
+            self._recent.note(drafter.name, drafter.version)
             self._note_drafter(drafter, before)
             self.num_drafted += max(0, drafter.drafted - before.drafted)
             self.num_accepted += max(0, drafter.accepted - before.accepted)
         for (name, reason), count in report.decisions.items():
             more = count - self.last.decisions.get((name, reason), 0)
             self._metrics.speculation_decisions.labels(name, reason).inc(max(0, more))
-        self._metrics.speculation_predicted_rate.set(report.predicted_rate)
-        self._metrics.speculation_off_rate.set(report.off_rate)
+        self._metrics.speculation_predicted_tokens_per_second.set(report.predicted_rate)
+        self._metrics.speculation_off_tokens_per_second.set(report.off_rate)
         self.last = report
 
     def _note_drafter(self, now: DrafterReport, last: DrafterReport) -> None:
@@ -92,17 +94,6 @@ class SpeculationMetrics:
             metrics.speculation_decisions.labels(now.name, reason)
         metrics.speculation_state_bytes.labels(now.name).set(now.state_bytes)
         metrics.speculation_state_nodes.labels(now.name).set(now.state_nodes)
-
-    def _note_version(self, name: str, version: str) -> None:
-        """Keep series of the latest versions only."""
-        versions = self._versions.setdefault(name, [])
-        if version in versions:
-            versions.remove(version)
-        versions.append(version)
-        if len(versions) > MAX_VERSIONS:
-            oldest = versions.pop(0)
-            for counter in self._metrics.speculation_by_version:
-                counter.remove(name, oldest)
 
 
 def _at(counts: Sequence[int], index: int) -> int:

@@ -183,3 +183,18 @@ async def test_heartbeat_ends_when_its_id_was_taken_over(membership: Membership)
         with pytest.raises(FencedError):
             await asyncio.wait_for(task, 3)
         assert await membership.members() == [successor]
+
+
+async def test_calls_are_timed_whatever_comes_of_them(redis_server: RedisServer) -> None:
+    times: list[float] = []
+    membership = Membership(redis_server.url, "test", timeout_s=0.2, on_call=times.append)
+    await membership.members()
+    assert len(times) >= 1 and max(times) < 0.2
+    redis_server.pause()
+    try:
+        with pytest.raises(UnavailableError):
+            await membership.members()
+    finally:
+        redis_server.resume()
+    assert times[-1] >= 0.2
+    await membership.close()

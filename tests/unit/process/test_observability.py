@@ -98,7 +98,7 @@ def test_metrics_tell_the_process_and_its_build() -> None:
             serve_metrics(metrics, "127.0.0.1", server.port)
     finally:
         server.close()
-    info = f'paceline_build_info{{model="m",service="test",version="{__version__}"}} 1.0'
+    info = f'paceline_build_info{{model_name="m",service="test",version="{__version__}"}} 1.0'
     assert info in text
     assert "paceline_redis_up 1.0" in text
     for name in ("process_open_fds", "process_resident_memory_bytes", "process_cpu_seconds_total"):

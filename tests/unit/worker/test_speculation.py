@@ -17,11 +17,10 @@ from paceline.engine.spec.report import (
     SpeculationReport,
 )
 from paceline.process.metrics import Metrics
+from paceline.process.metrics.speculation import MAX_POSITIONS, MAX_VERSIONS
 from paceline.v1 import engine_pb2
 from paceline.worker.bridge import EngineBridge
 from paceline.worker.speculation import (
-    MAX_POSITIONS,
-    MAX_VERSIONS,
     SpeculationMetrics,
     report_from_proto,
     report_to_proto,

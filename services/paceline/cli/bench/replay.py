@@ -217,7 +217,9 @@ class _Meters:
             arm.rollbacks += round(
                 _sum(text, "paceline_draft_decisions_total", stage="rolled-back")
             )
-            arm.spare_share = _sum(text, "paceline_trainer_spare_share_ratio")
+            offered_s = _sum(text, "paceline_trainer_spare_offered_core_seconds_total")
+            granted_s = _sum(text, "paceline_trainer_spare_granted_core_seconds_total")
+            arm.spare_share = granted_s / offered_s if offered_s else 0.0
             arm.trained_s += _sum(text, "paceline_trainer_trained_seconds_total")
 
     async def _texts(self, role: Role) -> list[str]:
