@@ -50,6 +50,7 @@ class Metrics:
         self._declare_kv_node()
         self._declare_draft_link()
         self._declare_training()
+        self._declare_autoscaler()
 
     def watch_loop(self, loop: asyncio.AbstractEventLoop) -> None:
         """Report the tasks of a loop; counted when scraped, on the scraping thread."""
@@ -277,6 +278,47 @@ class Metrics:
             "Positions at which a version's token was accepted",
             "drafter",
             "version",
+        )
+
+    def _declare_autoscaler(self) -> None:
+        """Declare what is decided about the sizes of pools, from what, and why."""
+        self.autoscaler_desired_replicas = self._gauge(
+            "autoscaler_desired_replicas", "Workers decided on", "pool"
+        )
+        self.autoscaler_requested_replicas = self._gauge(
+            "autoscaler_requested_replicas", "Workers that the target was last asked for", "pool"
+        )
+        self.autoscaler_ready_replicas = self._gauge(
+            "autoscaler_ready_replicas", "Workers that take requests", "pool"
+        )
+        self.autoscaler_starting_replicas = self._gauge(
+            "autoscaler_starting_replicas", "Workers asked for and not ready yet", "pool"
+        )
+        self.autoscaler_draining_replicas = self._gauge(
+            "autoscaler_draining_replicas", "Workers that finish what they have and end", "pool"
+        )
+        self.autoscaler_input = self._gauge(
+            "autoscaler_input", "Number that went into the last decision", "name"
+        )
+        self.autoscaler_holding = self._gauge(
+            "autoscaler_holding", "1 while sizes are held because something is not known"
+        )
+        self.autoscaler_source_age_seconds = self._gauge(
+            "autoscaler_source_age_seconds", "Age of the newest sample that decisions rest on"
+        )
+        self.autoscaler_last_change_info = self._gauge(
+            "autoscaler_last_change_info",
+            "Constant 1; labels tell the last decision that changed something",
+            *("kind", "reason"),
+        )
+        self.autoscaler_decisions = self._counter(
+            "autoscaler_decisions", "Decisions about sizes of pools", "kind"
+        )
+        self.autoscaler_source_failures = self._counter(
+            "autoscaler_source_failures", "Decisions for which data was missing", "reason"
+        )
+        self.autoscaler_target_failures = self._counter(
+            "autoscaler_target_failures", "Failed calls to whoever starts workers", "reason"
         )
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
