@@ -1,8 +1,7 @@
 """Read, decide, journal, apply, again and again. Nothing that others do ends it.
 
 A decision is taken once per period, and at once when requests begin to be parked. What a policy
-decides is checked before it is carried out: while anything is not known, pools only grow, and
-only from nothing.
+decides is checked before it is carried out (guard.py).
 """
 
 from __future__ import annotations
@@ -13,18 +12,16 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from paceline.autoscaler.guard import checked, hold
 from paceline.autoscaler.journal import Journal
 from paceline.autoscaler.policies.base import ScalingPolicy
 from paceline.autoscaler.problems import problem
 from paceline.autoscaler.report import Report
 from paceline.autoscaler.sources.base import MetricSource
 from paceline.autoscaler.steering import Effect
-from paceline.autoscaler.values import KINDS, POOLS, Decision, Observation, Pool
-from paceline.domain.member import Role
+from paceline.autoscaler.values import POOLS, Decision, Observation, Pool
 
 logger = logging.getLogger(__name__)
-
-_NOT_OURS = ("target-owned:", "target-changed:")
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,34 +119,3 @@ class ScalingLoop:
             await asyncio.sleep(min(self._times.watch_s, left_s))
             if not was_parked and await self._num_parked() > 0:
                 return
-
-
-def hold(observation: Observation, reason: str) -> Decision:
-    """Return the decision that changes nothing."""
-    sizes = {role: observation.pools[role].requested for role in POOLS}
-    return Decision(observation.at_s, sizes, reason, "hold")
-
-
-def checked(observation: Observation, decision: Decision) -> Decision:
-    """Return the decision, or to hold where it must not be carried out."""
-    sizes = [decision.replicas.get(role) for role in POOLS]
-    if decision.kind not in KINDS or not all(_is_size(size) for size in sizes):
-        return hold(observation, f"the policy decided nonsense: {decision.kind}, {sizes}")
-    changes = {role: decision.replicas[role] - observation.pools[role].requested for role in POOLS}
-    if not any(changes.values()) or not observation.problems:
-        return decision
-    if any(line.startswith(_NOT_OURS) for line in observation.problems):
-        return hold(observation, observation.problems[-1])
-    if any(change < 0 for change in changes.values()) or not _is_wake(observation, changes):
-        return hold(observation, "; ".join(observation.problems))
-    return decision
-
-
-def _is_wake(observation: Observation, changes: dict[Role, int]) -> bool:
-    """Whether only pools without any worker grow, for requests that wait for them."""
-    grown = [role for role, change in changes.items() if change > 0]
-    return observation.parked > 0 and all(observation.pools[role].ready == 0 for role in grown)
-
-
-def _is_size(size: object) -> bool:
-    return isinstance(size, int) and not isinstance(size, bool) and size >= 0

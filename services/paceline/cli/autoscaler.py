@@ -15,8 +15,8 @@ from typing import Annotated, Any
 
 import typer
 
+from paceline.autoscaler.guard import checked
 from paceline.autoscaler.journal import Entry, entry_to_json
-from paceline.autoscaler.loop import checked
 from paceline.autoscaler.policies import POLICIES
 from paceline.autoscaler.settings import AutoscalerSettings
 from paceline.autoscaler.sources.replay import read_observations

@@ -7,7 +7,6 @@ cheapest pods end first, where those are granted. A pod's name is its worker's m
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -52,9 +51,10 @@ class KubernetesTarget:
         Raises:
             TargetError: with reason target-owned where a HorizontalPodAutoscaler owns one.
         """
-        scales, _ = await asyncio.gather(self._read_scales(), self._check_owners())
-        self._scales = scales
-        return {role: scale.replicas for role, scale in scales.items()}
+        await self._check_owners()
+        for role, deployment in self._deployments.items():
+            self._scales[role] = await self._read_scale(deployment)
+        return {role: scale.replicas for role, scale in self._scales.items()}
 
     async def apply(self, role: Role, replicas: int, victims: Sequence[str]) -> None:
         """Patch the Deployment's scale, and before that mark the pods that are to end first."""
@@ -80,11 +80,6 @@ class KubernetesTarget:
     async def close(self) -> None:
         """Close the connections."""
         await self._api.close()
-
-    async def _read_scales(self) -> dict[Role, Scale]:
-        names = self._deployments.values()
-        scales = await asyncio.gather(*map(self._read_scale, names))
-        return dict(zip(self._deployments, scales, strict=True))
 
     async def _read_scale(self, deployment: str) -> Scale:
         return _scale(await self._api.read_scale(deployment))

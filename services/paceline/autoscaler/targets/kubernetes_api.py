@@ -42,6 +42,7 @@ class KubernetesApi:
         self._kubeconfig = kubeconfig
         self._timeout_s = timeout_s
         self._client: client.ApiClient | None = None
+        self._connecting = asyncio.Lock()
 
     async def read_scale(self, deployment: str) -> dict[str, Any]:
         """Return the Scale of a Deployment.
@@ -95,12 +96,16 @@ class KubernetesApi:
         if api is not None:
             await api.close()
 
+    async def _connected(self) -> client.ApiClient:
+        async with self._connecting:
+            if self._client is None:
+                self._client = await _connect(self._kubeconfig)
+            return self._client
+
     async def _call(self, send: Callable[[client.ApiClient], Awaitable[Any]]) -> dict[str, Any]:
         try:
             async with asyncio.timeout(self._timeout_s):
-                if self._client is None:
-                    self._client = await _connect(self._kubeconfig)
-                reply = await send(self._client)
+                reply = await send(await self._connected())
                 body = await reply.read()
         except TimeoutError as error:
             text = f"no answer within {self._timeout_s:g} s"
@@ -128,7 +133,8 @@ async def _connect(kubeconfig: Path | None) -> client.ApiClient:
         else:
             path = None if kubeconfig is None else str(kubeconfig)
             await config.load_kube_config(path, client_configuration=configuration)
-    except (config.ConfigException, ValueError, KeyError, TypeError) as error:
+    except Exception as error:
+        # A file in any state, and log-ins that run other programs: there is no list of errors.
         text = f"no credentials for Kubernetes: {error}"
         raise TargetError(text, reason="target-unauthenticated", is_retryable=False) from error
     # Whether and when a call is repeated is decided by the caller.
