@@ -22,20 +22,26 @@ def checked(observation: Observation, decision: Decision) -> Decision:
     sizes = [decision.replicas.get(role) for role in POOLS]
     if decision.kind not in KINDS or not all(_is_size(size) for size in sizes):
         return hold(observation, f"the policy decided nonsense: {decision.kind}, {sizes}")
-    changes = {role: decision.replicas[role] - observation.pools[role].requested for role in POOLS}
-    if not any(changes.values()) or not observation.problems:
+    if not observation.problems:
         return decision
-    if any(line.startswith(_NOT_OURS) for line in observation.problems):
-        return hold(observation, observation.problems[-1])
-    if any(change < 0 for change in changes.values()) or not _is_wake(observation, changes):
-        return hold(observation, "; ".join(observation.problems))
-    return decision
+    changes = {role: decision.replicas[role] - observation.pools[role].requested for role in POOLS}
+    is_touched = any(line.startswith(_NOT_OURS) for line in observation.problems)
+    if _is_wake(observation, changes) and not is_touched:
+        return decision
+    if decision.kind == "hold" and not any(changes.values()):
+        return decision
+    return hold(observation, "; ".join(observation.problems))
 
 
 def _is_wake(observation: Observation, changes: dict[Role, int]) -> bool:
-    """Whether only pools without any worker grow, for requests that wait for them."""
-    grown = [role for role, change in changes.items() if change > 0]
-    return observation.parked > 0 and all(observation.pools[role].ready == 0 for role in grown)
+    """Whether all that changes is that pools without any worker grow, for requests that wait."""
+    changed = {role: change for role, change in changes.items() if change}
+    return (
+        observation.parked > 0
+        and bool(changed)
+        and all(change > 0 for change in changed.values())
+        and all(observation.pools[role].ready == 0 for role in changed)
+    )
 
 
 def _is_size(size: object) -> bool:

@@ -28,6 +28,13 @@ def test_nothing_shrinks_or_grows_while_data_is_missing() -> None:
         assert out.reason == PROBLEM[0]
 
 
+def test_a_policy_that_does_not_look_at_problems_holds_all_the_same() -> None:
+    out = checked(observed(problems=PROBLEM), decided(1, 1, kind="steady"))
+    assert (out.kind, out.reason) == ("hold", PROBLEM[0])
+    own = decided(1, 1, kind="hold")
+    assert checked(observed(problems=PROBLEM), own) is own
+
+
 def test_parked_requests_wake_pools_also_while_data_is_missing() -> None:
     wake = decided(1, 1, kind="wake")
     asleep = observed(0, 0, parked=3, problems=PROBLEM)
