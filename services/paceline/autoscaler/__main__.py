@@ -60,13 +60,14 @@ async def serve(settings: AutoscalerSettings) -> int:
         journal = _journal(settings)
         stack.callback(journal.close)
         leadership = Leadership()
-        app = create_app(journal, metrics, _description(settings), leadership.why_not_ready)
+        described = {name: str(getattr(settings, name)) for name in ("fleet", "policy", "target")}
+        app = create_app(journal, metrics, described, leadership.why_not_ready)
         http = HttpServer(app, settings.host, settings.metrics_port)
         serving = tasks.spawn(http.run(), "http", is_vital=True)
         stack.push_async_callback(tasks.close)
         member = _member(settings, http.port)
         heartbeat = Heartbeat(membership, lambda: member, on_state=metrics.redis_up.set)
-        loop = await _loop(settings, membership, heartbeat, report, journal, stack)
+        loop = _loop(settings, membership, heartbeat, report, journal, stack)
         logger.info("listening", extra={"fields": {"http": http.port, "member": member.id}})
 
         async def lead() -> None:
@@ -98,7 +99,7 @@ class Leadership:
         return "no decision is made" if is_stuck else ""
 
 
-async def _loop(
+def _loop(
     settings: AutoscalerSettings,
     membership: Membership,
     heartbeat: Heartbeat,
@@ -107,13 +108,6 @@ async def _loop(
     stack: AsyncExitStack,
 ) -> ScalingLoop:
     """Put source, policy and target together; the stack closes what they hold."""
-    api = PrometheusApi(
-        settings.prometheus_url,
-        settings.query_timeout_s,
-        token_file=settings.prometheus_token_file,
-        ca_file=settings.prometheus_ca_file,
-    )
-    stack.push_async_callback(api.close)
     fleet = FleetSource(membership, settings.member_id, lambda: heartbeat.epoch)
     target = create_target(settings, fleet.counts)
     stack.push_async_callback(target.close)
@@ -126,6 +120,26 @@ async def _loop(
         settings.target_timeout_s * _CALLS_PER_CHANGE,
         report.note_target_failure,
     )
+    source = LiveSource(
+        _prometheus(settings, stack),
+        fleet,
+        steering.read,
+        report.note_age,
+        scrape_grace_s=settings.window_s + settings.stale_s,
+    )
+    times = LoopTimes(settings.period_s)
+    policy, clock = _policy(settings), steady_clock()
+    return ScalingLoop(source, policy, steering, journal, report, clock, fleet.num_parked, times)
+
+
+def _prometheus(settings: AutoscalerSettings, stack: AsyncExitStack) -> PrometheusSource:
+    api = PrometheusApi(
+        settings.prometheus_url,
+        settings.query_timeout_s,
+        token_file=settings.prometheus_token_file,
+        ca_file=settings.prometheus_ca_file,
+    )
+    stack.push_async_callback(api.close)
     rules = PrometheusRules(
         window_s=settings.window_s,
         stale_s=settings.stale_s,
@@ -133,23 +147,7 @@ async def _loop(
         itl_s=settings.slo_itl_s,
         selector=settings.prometheus_selector,
     )
-    source = LiveSource(
-        PrometheusSource(api, rules),
-        fleet,
-        steering.read,
-        report.note_age,
-        scrape_grace_s=settings.window_s + settings.stale_s,
-    )
-    return ScalingLoop(
-        source,
-        _policy(settings),
-        steering,
-        journal,
-        report,
-        steady_clock(),
-        fleet.num_parked,
-        LoopTimes(settings.period_s),
-    )
+    return PrometheusSource(api, rules)
 
 
 def steady_clock() -> Callable[[], float]:
@@ -172,10 +170,6 @@ def _journal(settings: AutoscalerSettings) -> Journal:
     if settings.journal is not None:
         file = JournalFile(settings.journal, settings.journal_mb << 20)
     return Journal(settings.decisions_kept, file)
-
-
-def _description(settings: AutoscalerSettings) -> dict[str, str]:
-    return {"fleet": settings.fleet, "policy": settings.policy, "target": settings.target}
 
 
 def _member(settings: AutoscalerSettings, http_port: int) -> Member:

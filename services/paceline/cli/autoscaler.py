@@ -115,6 +115,7 @@ def fetch_decisions(address: str, last: int) -> list[dict[str, Any]]:
         decisions: list[dict[str, Any]] = data["decisions"]
         return decisions
     except urllib.error.HTTPError as error:
+        error.close()
         raise CommandError(f"{url} answers {error.code}: is it an autoscaler's port?") from error
     except (KeyError, TypeError, ValueError) as error:
         raise CommandError(f"{url} does not answer with decisions") from error

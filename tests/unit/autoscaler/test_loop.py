@@ -24,7 +24,7 @@ from paceline.autoscaler.values import POOLS, Decision, Observation
 from paceline.domain.member import Role
 from paceline.process.metrics import Metrics
 from tests.unit.autoscaler.made import Told, observed, pool, wanting
-from tests.waiting import until
+from tests.waiting import stays, until
 
 P, D = Role.PREFILL, Role.DECODE
 
@@ -257,8 +257,7 @@ async def test_parked_requests_do_not_wait_for_the_period() -> None:
         rig.world.parked = 2
         await until(lambda: rig.world.sizes == {P: 1, D: 1})
         # Once is enough: workers take their time to start.
-        await asyncio.sleep(0.2)
-        assert len(rig.journal.last(9)) == 2
+        await stays(lambda: len(rig.journal.last(9)) == 2, 0.2)
 
 
 async def test_parked_requests_wake_pools_while_prometheus_is_away() -> None:
