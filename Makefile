@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check 'torch~=2.13.0'
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[worker,local,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[worker,local,autoscaler,dev]'
 	@touch $@
 
 # Without a compiler it says so and the torch implementation is used.

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from paceline import __version__
+from paceline.cli.autoscaler import autoscaler
 from paceline.cli.bench import bench
 from paceline.cli.demo import demo
 from paceline.cli.draft import draft
@@ -50,3 +51,4 @@ app.command()(status)
 app.command()(demo)
 app.add_typer(bench)
 app.add_typer(draft)
+app.add_typer(autoscaler)

@@ -75,6 +75,8 @@ class Member:
     model: ModelCard | None = None
     step_cost: StepCost | None = None
     prefill_chunk_tokens: int = 0
+    max_rows: int = 0
+    """Sequences that it runs at a time; 0 where a worker does not tell."""
     drafters: tuple[str, ...] = ()
     """Drafters that requests may name (decode workers)."""
     draft_version: str = ""

@@ -16,7 +16,7 @@ from paceline.domain.errors import UnavailableError
 from paceline.domain.member import Member, Role
 from paceline.gateway.auth import Authenticator
 from paceline.gateway.fleet import FleetView
-from paceline.gateway.http import HttpServer, create_app
+from paceline.gateway.http import create_app
 from paceline.gateway.pipeline import Pipeline
 from paceline.gateway.routing import create_policy
 from paceline.gateway.server import SERVICE_NAME, InferenceServicer
@@ -26,6 +26,7 @@ from paceline.gateway.steps.route import RouteStep
 from paceline.gateway.steps.tokenise import TokeniseStep
 from paceline.gateway.tokenizer import ModelTokenizer
 from paceline.kvstore.index import BlockIndex
+from paceline.process.http_server import HttpServer
 from paceline.process.lifecycle import Tasks, exit_with_parent, stop_event
 from paceline.process.logs import setup_logging
 from paceline.process.membership import Heartbeat, Membership

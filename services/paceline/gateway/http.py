@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
-import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-import uvicorn
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
-from starlette.routing import Route
 
 from paceline import __version__
 from paceline.domain.member import Member
 from paceline.gateway.admission import Admission
 from paceline.gateway.fleet import FleetView
+from paceline.process.http_server import pages
 from paceline.process.metrics import Metrics
-
-_BACKLOG = 128
 
 
 def create_app(
@@ -34,12 +27,6 @@ def create_app(
     /status   the fleet, as JSON  /readyz   new requests are welcome and can be served
     """
 
-    async def show_metrics(_: Request) -> Response:
-        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
-
-    async def healthz(_: Request) -> Response:
-        return PlainTextResponse("ok\n")
-
     async def readyz(_: Request) -> Response:
         if is_draining():
             return PlainTextResponse("draining\n", 503)
@@ -50,8 +37,7 @@ def create_app(
     async def status(_: Request) -> Response:
         return JSONResponse(fleet_status(fleet, admission))
 
-    routes = {"/metrics": show_metrics, "/healthz": healthz, "/readyz": readyz, "/status": status}
-    return Starlette(routes=[Route(path, endpoint) for path, endpoint in routes.items()])
+    return pages(metrics, {"/readyz": readyz, "/status": status})
 
 
 def fleet_status(fleet: FleetView, admission: Admission) -> dict[str, Any]:
@@ -90,45 +76,3 @@ def _member(fleet: FleetView, member: Member) -> dict[str, Any]:
         "draft_version": member.draft_version,
         "load": asdict(member.load),
     }
-
-
-class HttpServer:
-    """Serves an application on a socket that was bound before anything else started."""
-
-    def __init__(self, app: Starlette, host: str, port: int) -> None:
-        """Bind.
-
-        Raises:
-            OSError: the port is taken.
-        """
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._socket = socket.socket(family, socket.SOCK_STREAM)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            self._socket.bind((host, port))
-            # Before this the port is not really taken: somebody else could bind it too.
-            self._socket.listen(_BACKLOG)
-        except OSError as error:
-            self._socket.close()
-            raise OSError(f"{host}:{port} cannot be bound, is it taken?") from error
-        self.port = int(self._socket.getsockname()[1])
-        config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off")
-        self._server = _Server(config)
-
-    async def run(self) -> None:
-        """Serve until `close` or cancelled."""
-        await self._server.serve(sockets=[self._socket])
-
-    async def close(self, task: asyncio.Task[None], timeout_s: float = 2.0) -> None:
-        """Stop serving and wait for the task that runs it."""
-        self._server.should_exit = True
-        await asyncio.wait({task}, timeout=timeout_s)
-        self._socket.close()
-
-
-class _Server(uvicorn.Server):
-    """uvicorn without its own signal handlers: the process has its own."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield

@@ -13,7 +13,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from paceline.domain.member import Load, Role
-from paceline.gateway.http import HttpServer, create_app
+from paceline.gateway.http import create_app
+from paceline.process.http_server import HttpServer
 from tests.redis_server import RedisServer
 from tests.unit.gateway.scripted_worker import CARD, breaking, hang
 from tests.unit.gateway.stack import Stack, request_for
