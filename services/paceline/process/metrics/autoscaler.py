@@ -19,9 +19,7 @@ class AutoscalerArea(Area):
         "Workers that the target was last asked for, by whomever.", "workers", _POOL
     )
     autoscaler_ready_replicas = gauge("Workers that take requests.", "workers", _POOL)
-    autoscaler_starting_replicas = gauge(
-        "Workers asked for and not ready yet.", "workers", _POOL
-    )
+    autoscaler_starting_replicas = gauge("Workers asked for and not ready yet.", "workers", _POOL)
     autoscaler_draining_replicas = gauge(
         "Workers that finish what they have and end.", "workers", _POOL
     )
