@@ -75,6 +75,8 @@ class Member:
     model: ModelCard | None = None
     step_cost: StepCost | None = None
     prefill_chunk_tokens: int = 0
+    max_rows: int = 0
+    """Most sequences that a worker runs at a time."""
     drafters: tuple[str, ...] = ()
     """Drafters that requests may name (decode workers)."""
     draft_version: str = ""
