@@ -57,6 +57,7 @@ class Metrics:
 
     def _declare_gateway(self) -> None:
         self.requests_running = self._gauge("requests_running", "Admitted requests")
+        self.requests_parked = self._gauge("requests_parked", "Requests that wait for a worker")
         self.ttft_seconds = self._histogram("ttft_seconds", "Arrival to first token")
         self.itl_seconds = self._histogram("itl_seconds", "Gap between pieces of one output")
         self.e2e_seconds = self._histogram("e2e_seconds", "Arrival to last token")

@@ -59,7 +59,9 @@ class Site:
 @asynccontextmanager
 async def serving(stack: Stack) -> AsyncIterator[Site]:
     site = Site(0)
-    app = create_app(stack.fleet, stack.pipeline.admission, stack.metrics, lambda: site.is_draining)
+    app = create_app(
+        stack.fleet, stack.pipeline, stack.metrics, lambda: site.is_draining, stack.settings
+    )
     server = HttpServer(app, "127.0.0.1", 0)
     site.port = server.port
     task = asyncio.create_task(server.run())
@@ -133,7 +135,7 @@ async def test_the_status_shows_the_fleet(redis: RedisServer) -> None:
         assert page.type == "application/json"
         status = json.loads(page.text)
         assert status["has_redis"] is True
-        assert status["requests"] == {"running": 1, "finished": 0, "failed": 0}
+        assert status["requests"] == {"running": 1, "parked": 0, "finished": 0, "failed": 0}
         assert status["model"]["name"] == "demo"
         assert status["model"]["kv_root"] == CARD.kv_root.hex()
         decode, node = status["members"]
