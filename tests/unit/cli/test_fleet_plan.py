@@ -8,13 +8,8 @@ from pathlib import Path
 import pytest
 
 from paceline.cli.child import ChildSpec
-from paceline.cli.fleet_plan import (
-    FleetPlan,
-    PlatformOptions,
-    place_workers,
-    plan_fleet,
-    with_ports,
-)
+from paceline.cli.fleet_plan import FleetPlan, FleetPlanner, with_ports, worker_node
+from paceline.cli.platform_options import PlatformOptions
 from paceline.gateway.settings import GatewaySettings
 from paceline.kvstore.settings import KvNodeSettings
 from paceline.process.settings import ServiceSettings
@@ -27,7 +22,11 @@ URL = "redis://:secret@127.0.0.1:6379/0"
 
 
 def plan(options: PlatformOptions) -> FleetPlan:
-    return plan_fleet(options, "test", URL, {"PATH": "/bin", "OMP_NUM_THREADS": "64"})
+    return planner(options).plan()
+
+
+def planner(options: PlatformOptions) -> FleetPlanner:
+    return FleetPlanner(options, "test", URL, {"PATH": "/bin", "OMP_NUM_THREADS": "64"})
 
 
 def settings_of(spec: ChildSpec, kind: type[ServiceSettings]) -> ServiceSettings:
@@ -50,11 +49,9 @@ def settings_of(spec: ChildSpec, kind: type[ServiceSettings]) -> ServiceSettings
 def test_roles_share_a_node_only_if_there_is_one(
     num_kv_nodes: int, num_prefill: int, num_decode: int, nodes: str
 ) -> None:
-    options = replace(
-        OPTIONS, num_kv_nodes=num_kv_nodes, num_prefill=num_prefill, num_decode=num_decode
-    )
-    placed = place_workers(options)
-    assert " ".join(f"{role[0]}{node.removeprefix('kv-')}" for role, _, node in placed) == nodes
+    placed = [("p", worker_node(num_kv_nodes, "prefill", i)) for i in range(num_prefill)]
+    placed += [("d", worker_node(num_kv_nodes, "decode", i)) for i in range(num_decode)]
+    assert " ".join(f"{role}{node.removeprefix('kv-')}" for role, node in placed) == nodes
 
 
 def test_names_and_roles() -> None:

@@ -104,10 +104,12 @@ def test_the_ready_file_is_replaced_whole_and_private(tmp_path: Path) -> None:
     path.write_text("old")
     write_ready_file(
         path,
-        grpc="127.0.0.1:50051",
-        http="127.0.0.1:8080",
-        redis="redis://127.0.0.1:6379/0",
-        processes={"gateway": [1], "prefill": [2, 3], "decode": [4], "kvstore": [5], "redis": [6]},
+        {
+            "grpc": "127.0.0.1:50051",
+            "http": "127.0.0.1:8080",
+            "redis": "redis://127.0.0.1:6379/0",
+        },
+        {"gateway": [1], "prefill": [2, 3], "decode": [4], "kvstore": [5], "redis": [6]},
     )
     assert json.loads(path.read_text()) == {
         "grpc": "127.0.0.1:50051",
@@ -120,6 +122,7 @@ def test_the_ready_file_is_replaced_whole_and_private(tmp_path: Path) -> None:
             "kvstore": [5],
             "trainer": [],
             "autoscaler": [],
+            "prometheus": [],
             "redis": [6],
         },
     }
