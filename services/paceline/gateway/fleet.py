@@ -144,6 +144,10 @@ class FleetView:
         """Whether a decode worker of the model is there."""
         return self._present_card() is not None
 
+    def reach_decoders(self) -> bool:
+        """Tell whether a connection to a decode worker stands; start those that do not."""
+        return any([self._channels.connect(m.address) for m in self.members(Role.DECODE)])
+
     @property
     def can_wake(self) -> bool:
         """Whether somebody may start workers when there are none."""

@@ -40,6 +40,7 @@ class Parking:
     def __init__(
         self,
         can_wake: Callable[[], bool],
+        is_reached: Callable[[], bool],
         *,
         max_parked: int,
         park_s: float,
@@ -47,8 +48,10 @@ class Parking:
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         """Waits last `park_s` while `can_wake()` says that workers may be started, else
-        `restart_s`."""
+        `restart_s`. Nobody who waits goes on before `is_reached()`: calls that are made before
+        a connection stands are sent in any order."""
         self._can_wake = can_wake
+        self._is_reached = is_reached
         self._max_parked = max_parked
         self._park_s = park_s
         self._restart_s = restart_s
@@ -94,12 +97,14 @@ class Parking:
 
     def release(self) -> None:
         """Let go on who can, in order, and give up those whose time is over."""
-        now_s, limit_s = self._monotonic(), self._limit_s()
+        if not self._tickets:
+            return
+        now_s, limit_s, is_reached = self._monotonic(), self._limit_s(), self._is_reached()
         for ticket in self._tickets:
             ticket.limit_s = max(ticket.limit_s, limit_s)
             if ticket.answer.done():
                 continue
-            if ticket.is_there():
+            if is_reached and ticket.is_there():
                 ticket.answer.set_result(None)
             elif now_s - ticket.since_s >= ticket.limit_s:
                 ticket.answer.set_exception(UnavailableError("no decode worker is ready"))
@@ -125,6 +130,7 @@ def create_parking(fleet: FleetView, settings: GatewaySettings) -> Parking:
     """Return the parking of a gateway."""
     return Parking(
         lambda: fleet.can_wake,
+        fleet.reach_decoders,
         max_parked=settings.max_parked,
         park_s=settings.park_s,
         restart_s=settings.wait_for_worker_s,

@@ -122,7 +122,8 @@ class Pipeline:
         tenant.check_model(name or served)
         if name not in ("", served):
             raise NotFoundError("no such model is served here")
-        await self.parking.wait(lambda: self._fleet.card() is not None, timeout_s)
+        if self._fleet.card() is None:
+            await self.parking.wait(lambda: self._fleet.card() is not None, timeout_s)
         card = self._fleet.card()
         assert card is not None, "what was served is not forgotten"
         return card

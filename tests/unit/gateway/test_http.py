@@ -96,6 +96,51 @@ async def test_health_and_readiness(redis: RedisServer) -> None:
         assert (await site.get("/healthz")).status == 200
 
 
+async def test_a_fleet_that_can_be_woken_is_ready(redis: RedisServer) -> None:
+    async with Stack(redis.url) as stack, serving(stack) as site:
+        assert (await site.get("/readyz")).status == 503
+        await stack.add(Role.AUTOSCALER)
+        assert (await site.get("/readyz")).status == 200
+
+
+async def test_prometheus_is_told_whom_to_scrape_also_while_redis_is_away(
+    redis_server: RedisServer,
+) -> None:
+    async with Stack(redis_server.url) as stack, serving(stack) as site:
+        await stack.add(Role.KVSTORE, worker_id="kv", metrics_address="127.0.0.1:3")
+        await stack.add(worker_id="d", metrics_address="127.0.0.1:2")
+        await stack.add(worker_id="silent")
+        labels = {"fleet": stack.name, "model": "demo"}
+        wanted = [
+            {
+                "targets": ["127.0.0.1:2"],
+                "labels": {"role": "decode", "member": "d", **labels},
+            },
+            {
+                "targets": ["127.0.0.1:3"],
+                "labels": {"role": "kvstore", "member": "kv", **labels},
+            },
+        ]
+        page = await site.get("/metrics/targets")
+        assert (page.status, page.type) == (200, "application/json")
+        assert json.loads(page.text) == wanted
+        redis_server.kill()
+        await until(lambda: not stack.fleet.has_redis)
+        assert json.loads((await site.get("/metrics/targets")).text) == wanted
+
+
+async def test_a_gateway_that_knows_nobody_yet_does_not_say_that_there_is_nobody(
+    redis_server: RedisServer,
+) -> None:
+    redis_server.kill()
+    async with Stack(redis_server.url) as stack, serving(stack) as site:
+        assert (await site.get("/metrics/targets")).status == 503
+        redis_server.start()
+        await until(lambda: stack.fleet.has_redis)
+        page = await site.get("/metrics/targets")
+        assert (page.status, json.loads(page.text)) == (200, [])
+
+
 async def test_metrics_count_what_happened(redis: RedisServer) -> None:
     async with Stack(redis.url) as stack, serving(stack) as site:
         assert (await site.get("/metrics")).type.startswith("text/plain")

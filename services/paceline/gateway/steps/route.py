@@ -93,7 +93,8 @@ class RouteStep:
             found[:] = [w for w in workers if mode in w.drafters] or workers
             return bool(found)
 
-        await self._parking.wait(is_there, ctx.remaining_s())
+        if not is_there():
+            await self._parking.wait(is_there, ctx.remaining_s())
         return found
 
 
