@@ -76,7 +76,7 @@ class Member:
     step_cost: StepCost | None = None
     prefill_chunk_tokens: int = 0
     max_rows: int = 0
-    """Most sequences that a worker runs at a time."""
+    """Sequences that it runs at a time; 0 where a worker does not tell."""
     drafters: tuple[str, ...] = ()
     """Drafters that requests may name (decode workers)."""
     draft_version: str = ""
