@@ -47,7 +47,8 @@ class ChildSpec:
     name: str
     """Name in the fleet, in logs and in messages."""
     role: str
-    """Key of the ready file: gateway, prefill, decode, kvstore, trainer, redis."""
+    """Key of the ready file: gateway, prefill, decode, kvstore, trainer, autoscaler, prometheus,
+    redis."""
     argv: tuple[str, ...]
     env: Mapping[str, str] = field(default_factory=dict)
     """The whole environment."""
@@ -89,19 +90,29 @@ class SupervisedChild:
     async def run(self) -> None:
         """Start the process, and again after each crash, until `stop`."""
         try:
-            while not self._stopping.is_set():
+            while not self.is_stopping:
                 started_s = time.monotonic()
                 await self._run_once()
-                if not self._stopping.is_set():
+                if not self.is_stopping:
                     await self._back_off(time.monotonic() - started_s)
         finally:
             self.kill()
             self._ended.set()
 
+    @property
+    def is_stopping(self) -> bool:
+        """Whether it was told to end."""
+        return self._stopping.is_set()
+
+    def terminate(self) -> None:
+        """Ask the process to end by SIGTERM, once; it is not started again."""
+        if not self.is_stopping:
+            self._stopping.set()
+            self._signal(signal.SIGTERM)
+
     async def stop(self) -> bool:
         """End the process: SIGTERM, the grace, SIGKILL. Tell whether it ended by itself."""
-        self._stopping.set()
-        self._signal(signal.SIGTERM)
+        self.terminate()
         try:
             async with asyncio.timeout(self.spec.grace_s):
                 await self._ended.wait()
@@ -142,7 +153,7 @@ class SupervisedChild:
         fields = {"child": self.spec.name, "pid": self.pid, "start": self.num_starts}
         logger.info("child-started", extra={"fields": fields})
         self._on_start()
-        if self._stopping.is_set():
+        if self.is_stopping:
             self._signal(signal.SIGTERM)
         try:
             self.exit_code = await self._process.wait()

@@ -1,4 +1,4 @@
-"""Talks to the public gRPC door. With draft_client.py the only file here that knows gRPC."""
+"""Talks to the public gRPC door. Only draft_client.py and fleet_control.py know gRPC, too."""
 
 from __future__ import annotations
 

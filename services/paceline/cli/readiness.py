@@ -18,6 +18,9 @@ from paceline.process.membership import Membership
 MAX_START_CRASHES = 3
 """A child that crashed so often in a row before all were ready will not come up."""
 
+NO_MEMBERS = ("redis", "prometheus")
+"""Roles of programs that are not ours: they join no fleet."""
+
 USAGE_EXIT_CODE = 2
 """How a service says that its settings are wrong; another try would not help."""
 
@@ -61,7 +64,11 @@ class ReadinessWatch:
 
     async def unready(self) -> set[str]:
         """Return the ids that are not ready yet; empty once everything is."""
-        children = {c.spec.name: c.pid for c in self._supervisor.children if c.spec.role != "redis"}
+        children = {
+            c.spec.name: c.pid
+            for c in self._supervisor.children
+            if c.spec.role not in NO_MEMBERS and not c.is_stopping
+        }
         try:
             members = await self._membership.members()
         except UnavailableError:

@@ -8,21 +8,28 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-ROLES = ("gateway", "prefill", "decode", "kvstore", "trainer", "autoscaler", "redis")
+ROLES = (
+    "gateway",
+    "prefill",
+    "decode",
+    "kvstore",
+    "trainer",
+    "autoscaler",
+    "prometheus",
+    "redis",
+)
 """Keys of `processes`; a role that this platform lacks has an empty list."""
 
 
 def write_ready_file(
-    path: Path, *, grpc: str, http: str, redis: str, processes: Mapping[str, Sequence[int]]
+    path: Path, addresses: Mapping[str, str], processes: Mapping[str, Sequence[int]]
 ) -> None:
     """Write the file in one step, so that readers see the old content or the new.
 
     Only the user may read it: the Redis URL can hold a password.
     """
     content = {
-        "grpc": grpc,
-        "http": http,
-        "redis": redis,
+        **addresses,
         "processes": {role: list(processes.get(role, ())) for role in ROLES},
     }
     fd, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)

@@ -87,8 +87,8 @@ def render(data: dict[str, Any]) -> RenderableType:
     redis = "up" if data.get("has_redis") else "down"
     head = (
         f"paceline {data.get('version', '?')}   model {model}   redis {redis}\n"
-        f"requests: {requests.get('running', 0)} running, {requests.get('finished', 0)} finished, "
-        f"{requests.get('failed', 0)} failed"
+        f"requests: {requests.get('running', 0)} running ({requests.get('parked', 0)} parked), "
+        f"{requests.get('finished', 0)} finished, {requests.get('failed', 0)} failed"
     )
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("member", "address", "pid", "node", "state"):

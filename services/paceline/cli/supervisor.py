@@ -11,11 +11,12 @@ from paceline.cli.child_logs import LogSink
 from paceline.process.lifecycle import Tasks
 
 DRAIN_ORDER: tuple[tuple[str, ...], ...] = (
+    ("autoscaler",),
     ("gateway",),
     ("trainer",),
     ("prefill", "decode"),
     ("kvstore",),
-    ("redis",),
+    ("prometheus", "redis"),
 )
 """Who leaves first: callers before those they call."""
 
@@ -28,18 +29,19 @@ class Supervisor:
         tasks: Tasks,
         sink: LogSink,
         policy: BackoffPolicy | None = None,
-        on_start: Callable[[], None] = lambda: None,
+        on_change: Callable[[], None] = lambda: None,
     ) -> None:
-        """`on_start` hears of every start of a process, first ones and restarts."""
+        """`on_change` hears of every start of a process, first ones and restarts, and of every
+        child that is gone for good."""
         self._tasks = tasks
         self._sink = sink
         self._policy = policy or BackoffPolicy()
-        self._on_start = on_start
+        self._on_change = on_change
         self.children: list[SupervisedChild] = []
 
     def start(self, spec: ChildSpec) -> SupervisedChild:
         """Start a child and keep it running."""
-        child = SupervisedChild(spec, self._sink, self._policy, self._on_start)
+        child = SupervisedChild(spec, self._sink, self._policy, self._on_change)
         self.children.append(child)
         self._tasks.spawn(child.run(), spec.name, is_vital=True)
         return child
@@ -48,6 +50,13 @@ class Supervisor:
         """End a child and forget it."""
         await child.stop()
         self.children.remove(child)
+        self._on_change()
+
+    def end(self, child: SupervisedChild) -> None:
+        """Let a child drain in the background and forget it then; it is stopping from now on."""
+        if not child.is_stopping:
+            child.terminate()
+            self._tasks.spawn(self.remove(child), f"end-{child.spec.name}")
 
     def of_role(self, role: str) -> list[SupervisedChild]:
         """Return the children of one role, in the order of their start."""

@@ -9,9 +9,10 @@ from typing import Annotated
 import typer
 
 import paceline
+from paceline.cli import scaling_flags as scaling
 from paceline.cli.errors import CommandError, leave
-from paceline.cli.fleet_plan import PlatformOptions, has_draft
 from paceline.cli.launch import LaunchOptions, run_platform
+from paceline.cli.platform_options import AutoscaleOptions, PlatformOptions, has_draft
 from paceline.domain.drafts import MEDUSA_DRAFTER, MODEL_DRAFTER
 from paceline.process.lifecycle import exit_with_parent
 from paceline.process.logs import setup_logging
@@ -33,7 +34,9 @@ def up(
         ),
     ] = None,
     prefill: Annotated[int, typer.Option(min=0, help="Prefill workers.")] = 1,
-    decode: Annotated[int, typer.Option(min=1, help="Decode workers.")] = 1,
+    decode: Annotated[
+        int, typer.Option(min=0, help="Decode workers; 0 only with --autoscale.")
+    ] = 1,
     grpc_port: Annotated[
         int,
         typer.Option(
@@ -153,6 +156,22 @@ def up(
             min=0, hidden=True, help="Identity layers added, for measuring: outputs stay."
         ),
     ] = None,
+    min_step_s: Annotated[
+        float | None,
+        typer.Option(min=0, hidden=True, help="Shortest engine step, for measuring: outputs stay."),
+    ] = None,
+    autoscale: scaling.Autoscale = False,
+    min_prefill: scaling.MinPrefill = None,
+    max_prefill: scaling.MaxPrefill = None,
+    min_decode: scaling.MinDecode = None,
+    max_decode: scaling.MaxDecode = None,
+    slo_ttft_s: scaling.SloTtft = None,
+    slo_itl_s: scaling.SloItl = None,
+    scaling_policy: scaling.Policy = None,
+    scale_to_zero_s: scaling.ScaleToZero = None,
+    max_workers: scaling.MaxWorkers = None,
+    prometheus: scaling.Prometheus = False,
+    prometheus_url: scaling.PrometheusUrl = None,
     redis_url: Annotated[
         str | None,
         typer.Option(
@@ -194,8 +213,9 @@ def up(
 ) -> None:
     """Start a platform on this machine and keep it running until Ctrl-C.
 
-    Every process is one of its own: gateway, prefill and decode workers, KV store, trainer, Redis.
-    Crashed ones come back. Settings without a flag here: PACELINE_* environment variables.
+    Every process is one of its own: gateway, prefill and decode workers, KV store, trainer, Redis,
+    and with --autoscale Prometheus and the autoscaler. Crashed ones come back. Settings without a
+    flag here: PACELINE_* environment variables.
     """
     exit_with_parent()
     try:
@@ -222,14 +242,32 @@ def up(
             drafters=drafters,
             verifier=verifier,
             deepen=deepen,
+            min_step_s=min_step_s,
             has_trainer=trainer,
             draft_registry=draft_registry,
             learn=find_learned(learn),
             arena_mb=arena_mb,
             kv_transport=kv_transport,
+            max_workers=max_workers,
+            autoscale=scaling.autoscale_options(
+                AutoscaleOptions(
+                    min_prefill=min_prefill,
+                    max_prefill=max_prefill,
+                    min_decode=min_decode,
+                    max_decode=max_decode,
+                    slo_ttft_s=slo_ttft_s,
+                    slo_itl_s=slo_itl_s,
+                    policy=scaling_policy,
+                    scale_to_zero_s=scale_to_zero_s,
+                ),
+                is_wanted=autoscale,
+            ),
+            has_prometheus=prometheus,
+            prometheus_url=prometheus_url,
             log_level=log_level,
             drain_grace_s=drain_grace_s,
         )
+        scaling.check_counts(options)
         if learn == MEDUSA_DRAFTER and not (trainer is not False and has_draft(options)):
             raise CommandError("--learn medusa: there is no trainer without a draft model")
         if trainer and not has_draft(options):

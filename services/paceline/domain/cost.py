@@ -137,9 +137,15 @@ class StepCost:
     token_s: float
     context_s: float
     curves: StepCurves | None = None
+    floor_s: float = 0.0
+    """No step takes less."""
 
     def step_s(self, shape: StepShape) -> float:
         """Predict one step."""
+        # In this order, so that what is no number stays none.
+        return max(self._computed_s(shape), self.floor_s)
+
+    def _computed_s(self, shape: StepShape) -> float:
         if self.curves is not None:
             return self.curves.step_s(shape)
         rows = shape.rows + shape.prefill_rows
@@ -183,6 +189,7 @@ class StepCost:
             token_s=float(data["token_s"]),
             context_s=float(data["context_s"]),
             curves=None if curves is None else _curves_from_json(curves),
+            floor_s=float(data.get("floor_s", 0.0)),
         )
 
 

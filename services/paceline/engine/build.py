@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from paceline.engine.models.config import ModelConfig, load_model_config
 from paceline.engine.models.deepen import deepen_config
 from paceline.engine.models.load import KV_DTYPES, ModelOptions, load_model
 from paceline.engine.options import EngineOptions
+from paceline.engine.paced_runner import PacedRunner
 from paceline.engine.probe import StepTimer
 from paceline.engine.runner import Runner
 from paceline.engine.scheduler import Scheduler
@@ -99,7 +100,7 @@ def build_engine(options: EngineOptions) -> tuple[Engine, EngineCard]:
         runner.lend(scheduler.pool, max_context_tokens=max_context),
     )
     engine = Engine(
-        runner,
+        PacedRunner(runner, options.min_step_s) if options.min_step_s else runner,
         scheduler,
         kv_root=root,
         vocab_size=config.vocab_size,
@@ -158,7 +159,8 @@ def _step_cost(
         batch_invariant=options.batch_invariant,
     )
     timer = StepTimer(runner, num_pages=num_pages, block_size=options.block_size)
-    return known_step_cost(CostStore(cache_directory(os.environ)), key, timer)
+    cost = known_step_cost(CostStore(cache_directory(os.environ)), key, timer)
+    return replace(cost, floor_s=options.min_step_s)
 
 
 def _check_options(options: EngineOptions) -> None:
@@ -177,6 +179,8 @@ def _check_options(options: EngineOptions) -> None:
             raise ValueError(f"{name} {getattr(options, name)}: expected at least 1")
     if options.mixed_step_ratio < 1:
         raise ValueError(f"mixed_step_ratio {options.mixed_step_ratio}: expected at least 1")
+    if not options.min_step_s >= 0:
+        raise ValueError(f"min_step_s {options.min_step_s}: expected at least 0")
     if not 0 <= options.capture_share <= 1:
         raise ValueError(f"capture_share {options.capture_share}: expected in [0, 1]")
 

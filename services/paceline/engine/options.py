@@ -34,6 +34,9 @@ class EngineOptions:
     always do, at no cost; torch operations then take one row at a time."""
     deepen: int = 0
     """Identity layers added behind the model's own, for measuring: outputs stay what they are."""
+    min_step_s: float = 0.0
+    """Seconds that every step takes at least, for measuring: it sleeps the rest, as if a device
+    computed beside the processor. Outputs stay what they are."""
     drafters: tuple[str, ...] = ("trie", "recycling", "model")
     """Drafters that may propose, and unions of them ("a+b") beside the usual ones; "model" and
     "medusa" only take part with their weights."""

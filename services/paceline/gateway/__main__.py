@@ -13,10 +13,11 @@ from dataclasses import replace
 
 from paceline import __version__
 from paceline.domain.errors import UnavailableError
-from paceline.domain.member import Member, Role
+from paceline.domain.member import Load, Member, Role
 from paceline.gateway.auth import Authenticator
 from paceline.gateway.fleet import FleetView
 from paceline.gateway.http import create_app
+from paceline.gateway.parking import create_parking
 from paceline.gateway.pipeline import Pipeline
 from paceline.gateway.routing import create_policy
 from paceline.gateway.server import SERVICE_NAME, InferenceServicer
@@ -53,11 +54,13 @@ async def serve(settings: GatewaySettings) -> int:
     index = BlockIndex(settings.redis_url, settings.fleet, on_call=on_call)
     tokenise = TokeniseStep(tokenizer, settings.default_max_tokens, lambda: secrets.randbits(64))
     lookup = LookupStep(index)
-    route = RouteStep(fleet, create_policy(settings.routing_policy), settings, metrics)
-    pipeline = Pipeline(settings, fleet, tokenizer, tokenise, lookup, route, metrics)
+    parking = create_parking(fleet, settings)
+    policy = create_policy(settings.routing_policy)
+    route = RouteStep(fleet, policy, parking, settings, metrics)
+    pipeline = Pipeline(settings, fleet, tokenizer, tokenise, lookup, parking, route, metrics)
 
     servicer = InferenceServicer(pipeline, tokenise, fleet, authenticator, settings)
-    app = create_app(fleet, pipeline.admission, metrics, stop.is_set)
+    app = create_app(fleet, pipeline, metrics, stop.is_set, settings)
     http = HttpServer(app, settings.host, settings.http_port)
     server = create_server(
         metrics,
@@ -70,8 +73,13 @@ async def serve(settings: GatewaySettings) -> int:
     )
     await server.start()
     member = _member(settings, server, http)
-    heartbeat = Heartbeat(membership, lambda: replace(member, is_draining=stop.is_set()))
+
+    def current() -> Member:
+        return replace(member, is_draining=stop.is_set(), load=Load(num_waiting=parking.num_parked))
+
+    heartbeat = Heartbeat(membership, current)
     tasks.spawn(fleet.run(), "fleet", is_vital=True)
+    tasks.spawn(parking.run(), "parking", is_vital=True)
     tasks.spawn(heartbeat.run(), "heartbeat", is_vital=True)
     serving_http = tasks.spawn(http.run(), "http", is_vital=True)
     readiness = tasks.spawn(_follow_readiness(server, fleet), "readiness", is_vital=True)
@@ -81,6 +89,7 @@ async def serve(settings: GatewaySettings) -> int:
     logger.info("draining", extra={"fields": {"requests": pipeline.admission.num_running}})
     has_crashed = tasks.has_vital_crash
     readiness.cancel()
+    parking.close()
     await server.drain(0.0 if has_crashed else settings.drain_grace_s)
     await http.close(serving_http)
     await tasks.close()
@@ -106,11 +115,11 @@ def _member(settings: GatewaySettings, server: GrpcServer, http: HttpServer) -> 
 
 
 async def _follow_readiness(server: GrpcServer, fleet: FleetView) -> None:
-    """Report SERVING while a decode worker is known. Redis is not needed for that."""
+    """Report SERVING while requests are welcome. Redis is not needed for that."""
     is_ready: bool | None = None
     while True:
-        if (fleet.card() is not None) != is_ready:
-            is_ready = fleet.card() is not None
+        if fleet.is_ready != is_ready:
+            is_ready = fleet.is_ready
             server.set_ready(is_ready)
             logger.info("readiness", extra={"fields": {"is_ready": is_ready}})
         await asyncio.sleep(_READY_POLL_S)

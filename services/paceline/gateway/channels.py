@@ -35,6 +35,12 @@ class Channels:
             if not self._num_users[address]:
                 del self._num_users[address]
 
+    def connect(self, address: str) -> bool:
+        """Tell whether a connection to an address stands; start it if it does not."""
+        with self.use(address) as channel:
+            state = channel.get_state(try_to_connect=True)
+        return state is grpc.ChannelConnectivity.READY
+
     async def retain(self, addresses: Container[str]) -> None:
         """Close the unused channels to all addresses but these."""
         for address in list(self._channels):

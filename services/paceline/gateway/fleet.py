@@ -2,7 +2,8 @@
 
 Polls the membership. While Redis is away the last view is kept, and a member that only
 vanished from its records (a flush, a restart of Redis) stays for a moment, until it had time
-to announce itself again. Workers that break calls are avoided (suspects.py) and probed.
+to announce itself again. Workers that break calls are avoided (suspects.py) and probed. What
+was served last is remembered, so that requests can be checked while no worker is there.
 """
 
 from __future__ import annotations
@@ -60,6 +61,8 @@ class FleetView:
         self._model_name = model_name
         self._on_redis = on_redis
         self._members: dict[str, Member] = {}
+        self._last_card: ModelCard | None = None
+        self._last_drafters: list[str] = []
         self._vanished: set[str] = set()
         self._seen_s: dict[str, float] = {}
         self._connected_s = 0.0
@@ -126,20 +129,38 @@ class FleetView:
 
     def card(self) -> ModelCard | None:
         """Return what the fleet serves: the model of most decode workers, so that workers of
-        two checkpoints under one name are never mixed in a request.
+        two checkpoints under one name are never mixed in a request. While there is none, what
+        was served last.
         """
-        cards = [
-            m.model
-            for m in self.members(Role.DECODE)
-            if m.model is not None and m.model.name == self._model_name and not m.is_draining
-        ]
-        counts = Counter(card.kv_root for card in cards)
-        return max(cards, key=lambda card: counts[card.kv_root], default=None)
+        return self._present_card() or self._last_card
 
     def drafters(self, kv_root: bytes) -> list[str]:
-        """Return the names of drafters that decode workers of this model have, sorted."""
-        names = {name for m in self._servers(Role.DECODE, kv_root) for name in m.drafters}
-        return sorted(names)
+        """Return the names of drafters that decode workers of this model have, sorted; while
+        there is none, those they had.
+        """
+        servers = self._servers(Role.DECODE, kv_root)
+        if not servers and self._last_card is not None and self._last_card.kv_root == kv_root:
+            return self._last_drafters
+        return sorted({name for m in servers for name in m.drafters})
+
+    @property
+    def is_served(self) -> bool:
+        """Whether a decode worker of the model is there."""
+        return self._present_card() is not None
+
+    def reach_decoders(self) -> bool:
+        """Tell whether a connection to a decode worker stands; start those that do not."""
+        return any([self._channels.connect(m.address) for m in self.members(Role.DECODE)])
+
+    @property
+    def can_wake(self) -> bool:
+        """Whether somebody may start workers when there are none."""
+        return any(not m.is_draining for m in self.members(Role.AUTOSCALER))
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a request sent now will be served, be it after workers were started."""
+        return self.is_served or self.can_wake
 
     def is_suspect(self, member: Member) -> bool:
         """Whether a call to it broke a moment ago, or it did not answer since."""
@@ -159,15 +180,6 @@ class FleetView:
         """Whether this incarnation of a member is gone."""
         known = self._members.get(member.id)
         return known is None or known.epoch != member.epoch
-
-    async def wait_for(self, is_there: Callable[[], bool], timeout_s: float) -> bool:
-        """Wait until a condition on the view holds; tell whether it does."""
-        deadline = time.monotonic() + timeout_s
-        while not is_there():
-            if time.monotonic() >= deadline:
-                return False
-            await asyncio.sleep(POLL_S / 2)
-        return True
 
     # -- calls ----------------------------------------------------------------------------
 
@@ -261,6 +273,15 @@ class FleetView:
 
     # -- the view -------------------------------------------------------------------------
 
+    def _present_card(self) -> ModelCard | None:
+        cards = [
+            m.model
+            for m in self.members(Role.DECODE)
+            if m.model is not None and m.model.name == self._model_name and not m.is_draining
+        ]
+        counts = Counter(card.kv_root for card in cards)
+        return max(cards, key=lambda card: counts[card.kv_root], default=None)
+
     def _servers(self, role: Role, kv_root: bytes) -> list[Member]:
         return [
             m
@@ -290,6 +311,9 @@ class FleetView:
         self._vanished = set(vanished)
         self._seen_s = {id_: seen for id_, seen in self._seen_s.items() if id_ in self._members}
         self._suspects.retain({_incarnation(m) for m in self._members.values()})
+        card = self._present_card()
+        if card is not None:
+            self._last_card, self._last_drafters = card, self.drafters(card.kv_root)
 
 
 def _incarnation(member: Member) -> Incarnation:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -12,37 +12,71 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from paceline import __version__
 from paceline.domain.member import Member
-from paceline.gateway.admission import Admission
 from paceline.gateway.fleet import FleetView
-from paceline.process.http_server import pages
+from paceline.gateway.pipeline import Pipeline
+from paceline.gateway.settings import GatewaySettings
+from paceline.process.http_server import Page, pages
 from paceline.process.metrics import Metrics
 
 
 def create_app(
-    fleet: FleetView, admission: Admission, metrics: Metrics, is_draining: Callable[[], bool]
+    fleet: FleetView,
+    pipeline: Pipeline,
+    metrics: Metrics,
+    is_draining: Callable[[], bool],
+    settings: GatewaySettings,
 ) -> Starlette:
     """Return the application.
 
-    /metrics  Prometheus text     /healthz  the process lives
-    /status   the fleet, as JSON  /readyz   new requests are welcome and can be served
+    /metrics  Prometheus text     /metrics/targets  who has such a page, for its discovery
+    /healthz  the process lives   /readyz           new requests are welcome and can be served
+    /status   the fleet, as JSON
     """
 
     async def readyz(_: Request) -> Response:
         if is_draining():
             return PlainTextResponse("draining\n", 503)
-        is_ready = fleet.card() is not None
+        is_ready = fleet.is_ready
         text = "ready\n" if is_ready else "no decode worker is ready\n"
         return PlainTextResponse(text, 200 if is_ready else 503)
 
     async def status(_: Request) -> Response:
-        return JSONResponse(fleet_status(fleet, admission))
+        return JSONResponse(fleet_status(fleet, pipeline))
 
-    return pages(metrics, {"/readyz": readyz, "/status": status})
+    async def targets(_: Request) -> Response:
+        if not fleet.has_redis and not fleet.members():
+            # An empty list would make Prometheus forget the targets it has.
+            return PlainTextResponse("no member is known yet\n", 503)
+        found = metrics_targets(fleet.members(), settings.fleet, settings.model_name)
+        return JSONResponse(found)
+
+    own: dict[str, Page] = {"/metrics/targets": targets, "/readyz": readyz, "/status": status}
+    return pages(metrics, own)
 
 
-def fleet_status(fleet: FleetView, admission: Admission) -> dict[str, Any]:
+def metrics_targets(members: Iterable[Member], fleet: str, model: str) -> list[dict[str, Any]]:
+    """Return the metrics pages of members in the form of Prometheus' HTTP discovery.
+
+    Members that serve no model themselves work for the gateway's.
+    """
+    return [
+        {
+            "targets": [member.metrics_address],
+            "labels": {
+                "role": member.role.value,
+                "member": member.id,
+                "fleet": fleet,
+                "model": member.model.name if member.model is not None else model,
+            },
+        }
+        for member in members
+        if member.metrics_address
+    ]
+
+
+def fleet_status(fleet: FleetView, pipeline: Pipeline) -> dict[str, Any]:
     """Return what `paceline status` shows."""
-    card = fleet.card()
+    admission, card = pipeline.admission, fleet.card()
     model = None
     if card is not None:
         model = asdict(card)
@@ -53,6 +87,7 @@ def fleet_status(fleet: FleetView, admission: Admission) -> dict[str, Any]:
         "has_redis": fleet.has_redis,
         "requests": {
             "running": admission.num_running,
+            "parked": pipeline.parking.num_parked,
             "finished": admission.num_finished,
             "failed": admission.num_failed,
         },

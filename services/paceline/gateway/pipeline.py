@@ -1,9 +1,10 @@
 """The way of a request through the gateway, step by step. The page to read first.
 
-    authenticate > validate > admit > tokenise > lookup > route > prefill > decode > respond
+    authenticate > validate > admit > tokenise > lookup > park > route > prefill > decode > respond
 
-Each step is a file in steps/ (authentication in auth.py, admission in admission.py) and works
-on one RequestContext. server.py calls this for every Generate.
+Each step is a file in steps/ (authentication in auth.py, admission in admission.py, the place to
+wait for workers in parking.py) and works on one RequestContext. server.py calls this for every
+Generate.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, contextmanager
 from functools import partial
 
-from paceline.domain.errors import DeadlineError, NotFoundError, UnavailableError
+from paceline.domain.errors import NotFoundError
 from paceline.domain.member import ModelCard, Role
 from paceline.gateway.admission import Admission
 from paceline.gateway.auth import Tenant
 from paceline.gateway.context import RequestContext
 from paceline.gateway.fleet import FleetView
 from paceline.gateway.goodput import Goodput
+from paceline.gateway.parking import Parking
 from paceline.gateway.settings import GatewaySettings
 from paceline.gateway.steps.decode import DecodeStep
 from paceline.gateway.steps.lookup import LookupStep
@@ -51,6 +53,7 @@ class Pipeline:
         tokenizer: ModelTokenizer,
         tokenise: TokeniseStep,
         lookup: LookupStep,
+        parking: Parking,
         route: RouteStep,
         metrics: Metrics,
     ) -> None:
@@ -60,12 +63,14 @@ class Pipeline:
         self._tokenizer = tokenizer
         self._metrics = metrics
         self.admission = Admission(settings.max_in_flight)
+        self.parking = parking
         metrics.requests_running.set_function(lambda: self.admission.num_running)
         for pool, role in (("prefill", Role.PREFILL), ("decode", Role.DECODE)):
             metrics.ready_workers.labels(pool).set_function(partial(fleet.num_ready, role))
         self._goodput = Goodput(
             metrics, ttft_target_s=settings.ttft_target_s, itl_target_s=settings.itl_target_s
         )
+        metrics.requests_parked.set_function(lambda: parking.num_parked)
         self._tokenise = tokenise
         self._lookup = lookup
         self._route = route
@@ -87,14 +92,14 @@ class Pipeline:
             self.admission.admit(tenant.name, ctx.request_id),
         ):
             check_request(ctx.request, self._limits)
-            ctx.model = await self.model(ctx.request.model, tenant, ctx.remaining_s())
-            check_against_model(ctx.request, ctx.model)
-            check_speculation(ctx.request.speculation.mode, self._fleet.drafters(ctx.model.kv_root))
-            await self._tokenise(ctx)
+            await self._prepare(ctx, tenant)
+            await self.parking.wait(lambda: self._fleet.is_served, ctx.remaining_s())
+            if self._fleet.card() != ctx.model:
+                # What came up is not what was there before.
+                await self._prepare(ctx, tenant)
             num_prompt_tokens = len(ctx.tokens().prompt_token_ids)
             self._metrics.prompt_tokens.inc(num_prompt_tokens)
             self._metrics.request_prompt_tokens.observe(num_prompt_tokens)
-            await self._lookup(ctx)
             await self._route(ctx)
             await self._prefill(ctx)
             responder = Responder(ctx, self._tokenizer, self._metrics)
@@ -108,6 +113,14 @@ class Pipeline:
                         await self._decode.stop(ctx, chunk.index)
             self._metrics.cached_prompt_tokens.inc(ctx.cached_tokens)
 
+    async def _prepare(self, ctx: RequestContext, tenant: Tenant) -> None:
+        """Check and tokenise for what is served, and look for stored KV."""
+        ctx.model = await self.model(ctx.request.model, tenant, ctx.remaining_s())
+        check_against_model(ctx.request, ctx.model)
+        check_speculation(ctx.request.speculation.mode, self._fleet.drafters(ctx.model.kv_root))
+        await self._tokenise(ctx)
+        await self._lookup(ctx)
+
     async def model(self, name: str, tenant: Tenant, timeout_s: float) -> ModelCard:
         """Return what is served under a name, once a worker has said so.
 
@@ -115,19 +128,17 @@ class Pipeline:
             PermissionDeniedError: the tenant may not name it.
             NotFoundError: it is not served here.
             UnavailableError: no worker appeared in time.
+            ExhaustedError: too many requests wait for one.
             DeadlineError: `timeout_s` passed before.
         """
         served = self._settings.model_name
         tenant.check_model(name or served)
         if name not in ("", served):
             raise NotFoundError("no such model is served here")
-        wait_s = min(self._settings.wait_for_worker_s, timeout_s)
-        await self._fleet.wait_for(lambda: self._fleet.card() is not None, wait_s)
+        if self._fleet.card() is None:
+            await self.parking.wait(lambda: self._fleet.card() is not None, timeout_s)
         card = self._fleet.card()
-        if card is None and timeout_s <= wait_s:
-            raise DeadlineError("the deadline passed")
-        if card is None:
-            raise UnavailableError("no decode worker is ready")
+        assert card is not None, "what was served is not forgotten"
         return card
 
 

@@ -73,7 +73,7 @@ class InferenceServicer:
             model.max_context_tokens = card.max_context_tokens
             model.vocab_size = card.vocab_size
             model.digest = card.digest
-            model.is_ready = True
+            model.is_ready = self._fleet.is_served
         return inference_pb2.ListModelsResponse(models=[model])
 
     async def CountTokens(

@@ -36,6 +36,12 @@ class GatewaySettings(ServiceSettings):
     """Deadline of requests that come without one."""
     wait_for_worker_s: float = Field(default=10.0, ge=0)
     """How long a request waits for a worker to appear: about a restart's time."""
+    park_s: float = Field(default=120.0, ge=0)
+    """The same while an autoscaler is there, which may start workers: about the time that the
+    slowest takes to be ready; never beyond the request's deadline."""
+    max_parked: int = Field(default=256, ge=0)
+    """Requests that wait for workers at a time; more are refused with a retry delay. They hold
+    places of max_in_flight, too."""
     max_attempts: int = Field(default=4, ge=1)
     """Workers tried for one request per role."""
     slow_client_timeout_s: float = Field(default=30.0, gt=0)

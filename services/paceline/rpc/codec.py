@@ -155,7 +155,11 @@ def resumed_from_proto(
 def step_cost_to_proto(cost: StepCost) -> engine_pb2.StepCost:
     """Encode a step cost."""
     message = engine_pb2.StepCost(
-        base_s=cost.base_s, row_s=cost.row_s, token_s=cost.token_s, context_s=cost.context_s
+        base_s=cost.base_s,
+        row_s=cost.row_s,
+        token_s=cost.token_s,
+        context_s=cost.context_s,
+        floor_s=cost.floor_s,
     )
     if cost.curves is not None:
         message.curves.CopyFrom(_curves_to_proto(cost.curves))
@@ -165,7 +169,14 @@ def step_cost_to_proto(cost: StepCost) -> engine_pb2.StepCost:
 def step_cost_from_proto(message: engine_pb2.StepCost) -> StepCost:
     """Decode a step cost."""
     curves = _curves_from_proto(message.curves) if message.HasField("curves") else None
-    return StepCost(message.base_s, message.row_s, message.token_s, message.context_s, curves)
+    return StepCost(
+        message.base_s,
+        message.row_s,
+        message.token_s,
+        message.context_s,
+        curves,
+        message.floor_s,
+    )
 
 
 def _curves_to_proto(curves: StepCurves) -> engine_pb2.StepCurves:

@@ -153,18 +153,20 @@ class EngineReady(_message.Message):
     def __init__(self, layout: _Optional[_Union[_kvstore_pb2.KvLayout, _Mapping]] = ..., model_digest: _Optional[str] = ..., max_context_tokens: _Optional[int] = ..., vocab_size: _Optional[int] = ..., num_kv_blocks: _Optional[int] = ..., step_cost: _Optional[_Union[StepCost, _Mapping]] = ..., pid: _Optional[int] = ..., drafters: _Optional[_Iterable[str]] = ..., draft_version: _Optional[str] = ...) -> None: ...
 
 class StepCost(_message.Message):
-    __slots__ = ("base_s", "row_s", "token_s", "context_s", "curves")
+    __slots__ = ("base_s", "row_s", "token_s", "context_s", "curves", "floor_s")
     BASE_S_FIELD_NUMBER: _ClassVar[int]
     ROW_S_FIELD_NUMBER: _ClassVar[int]
     TOKEN_S_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_S_FIELD_NUMBER: _ClassVar[int]
     CURVES_FIELD_NUMBER: _ClassVar[int]
+    FLOOR_S_FIELD_NUMBER: _ClassVar[int]
     base_s: float
     row_s: float
     token_s: float
     context_s: float
     curves: StepCurves
-    def __init__(self, base_s: _Optional[float] = ..., row_s: _Optional[float] = ..., token_s: _Optional[float] = ..., context_s: _Optional[float] = ..., curves: _Optional[_Union[StepCurves, _Mapping]] = ...) -> None: ...
+    floor_s: float
+    def __init__(self, base_s: _Optional[float] = ..., row_s: _Optional[float] = ..., token_s: _Optional[float] = ..., context_s: _Optional[float] = ..., curves: _Optional[_Union[StepCurves, _Mapping]] = ..., floor_s: _Optional[float] = ...) -> None: ...
 
 class StepCurves(_message.Message):
     __slots__ = ("tokens", "rows", "contexts", "prefill_row_s", "prefill_context_s", "prefill_read_s", "nodes", "node_context_s")

@@ -228,6 +228,7 @@ def _member(
         model=_card(settings, ready),
         step_cost=step_cost_from_proto(ready.step_cost),
         prefill_chunk_tokens=settings.chunk_tokens,
+        max_rows=settings.max_num_seqs,
         drafters=tuple(ready.drafters),
         draft_version=ready.draft_version,
     )

@@ -84,6 +84,9 @@ class WorkerSettings(ServiceSettings):
     where that leaves room. 0 leaves room whenever nothing runs."""
     deepen: int = Field(default=0, ge=0)
     """Identity layers added to the model, for measuring: outputs stay, steps take longer."""
+    min_step_s: float = Field(default=0.0, ge=0, le=10)
+    """Seconds that every step takes at least, for measuring: stands for a device that computes
+    beside the processor, so that many workers fit few cores. Outputs stay."""
     engine_stall_s: float = Field(default=30.0, gt=0)
     """Seconds without a sign of life after which the engine counts as hung and the worker
     ends; never below the time of ten predicted full steps."""
@@ -113,6 +116,7 @@ class WorkerSettings(ServiceSettings):
             draft_depth=self.draft_depth,
             draft_builder=self.draft_builder,
             deepen=self.deepen,
+            min_step_s=self.min_step_s,
             verifier=self.verifier,
             capture_share=0.0 if self.role == Role.PREFILL.value else self.capture_share,
             capture_top=self.capture_top,

@@ -8,13 +8,8 @@ from pathlib import Path
 import pytest
 
 from paceline.cli.child import ChildSpec
-from paceline.cli.fleet_plan import (
-    FleetPlan,
-    PlatformOptions,
-    place_workers,
-    plan_fleet,
-    with_ports,
-)
+from paceline.cli.fleet_plan import FleetPlan, FleetPlanner, with_ports, worker_node
+from paceline.cli.platform_options import AutoscaleOptions, PlatformOptions
 from paceline.gateway.settings import GatewaySettings
 from paceline.kvstore.settings import KvNodeSettings
 from paceline.process.settings import ServiceSettings
@@ -27,7 +22,11 @@ URL = "redis://:secret@127.0.0.1:6379/0"
 
 
 def plan(options: PlatformOptions) -> FleetPlan:
-    return plan_fleet(options, "test", URL, {"PATH": "/bin", "OMP_NUM_THREADS": "64"})
+    return planner(options).plan()
+
+
+def planner(options: PlatformOptions) -> FleetPlanner:
+    return FleetPlanner(options, "test", URL, {"PATH": "/bin", "OMP_NUM_THREADS": "64"})
 
 
 def settings_of(spec: ChildSpec, kind: type[ServiceSettings]) -> ServiceSettings:
@@ -50,11 +49,9 @@ def settings_of(spec: ChildSpec, kind: type[ServiceSettings]) -> ServiceSettings
 def test_roles_share_a_node_only_if_there_is_one(
     num_kv_nodes: int, num_prefill: int, num_decode: int, nodes: str
 ) -> None:
-    options = replace(
-        OPTIONS, num_kv_nodes=num_kv_nodes, num_prefill=num_prefill, num_decode=num_decode
-    )
-    placed = place_workers(options)
-    assert " ".join(f"{role[0]}{node.removeprefix('kv-')}" for role, _, node in placed) == nodes
+    placed = [("p", worker_node(num_kv_nodes, "prefill", i)) for i in range(num_prefill)]
+    placed += [("d", worker_node(num_kv_nodes, "decode", i)) for i in range(num_decode)]
+    assert " ".join(f"{role}{node.removeprefix('kv-')}" for role, node in placed) == nodes
 
 
 def test_names_and_roles() -> None:
@@ -222,3 +219,82 @@ def test_the_trainer_gets_the_draft_and_one_thread() -> None:
     }
     assert spec.env["OMP_NUM_THREADS"] == "1"
     assert spec.grace_s == settings.model_dump()["drain_grace_s"] + 5.0
+
+
+def flags_of(spec: ChildSpec) -> dict[str, str]:
+    return dict(zip(spec.argv[3::2], spec.argv[4::2], strict=True))
+
+
+def test_a_further_worker_is_like_the_first_ones() -> None:
+    options = replace(OPTIONS, num_decode=2, num_kv_nodes=4, threads=2, min_step_s=0.02)
+    own = planner(options)
+    assert own.worker("decode", 1) == own.plan().workers[-1]
+    third = own.worker("decode", 2)
+    assert (third.name, third.role) == ("decode-2", "decode")
+    settings = settings_of(third, WorkerSettings)
+    assert settings.model_dump(include={"member_id", "role", "kv_node", "min_step_s"}) == {
+        "member_id": "decode-2",
+        "role": "decode",
+        "kv_node": "kv-2",
+        "min_step_s": 0.02,
+    }
+    assert third.env == own.plan().workers[-1].env
+
+
+def test_the_autoscaler_gets_what_the_user_set_and_bounds_that_hold_here() -> None:
+    least = planner(replace(OPTIONS, autoscale=AutoscaleOptions())).autoscaler("c:1", "http://p")
+    assert (least.name, least.role) == ("autoscaler-0", "autoscaler")
+    assert flags_of(least) == {
+        "--member-id": "autoscaler-0",
+        "--fleet": "test",
+        "--target": "local",
+        "--control-address": "c:1",
+        "--prefill-max": "16",
+        "--decode-max": "16",
+    }
+    assert least.env["PACELINE_PROMETHEUS_URL"] == "http://p"
+    scaling = AutoscaleOptions(
+        min_prefill=0,
+        max_prefill=2,
+        min_decode=1,
+        max_decode=3,
+        slo_ttft_s=0.5,
+        slo_itl_s=0.05,
+        policy="predictive",
+        scale_to_zero_s=60.0,
+    )
+    spec = planner(replace(OPTIONS, autoscale=scaling, log_level="DEBUG")).autoscaler("c:1", "")
+    assert flags_of(spec) == {
+        **flags_of(least),
+        "--log-level": "DEBUG",
+        "--prefill-min": "0",
+        "--prefill-max": "2",
+        "--decode-min": "1",
+        "--decode-max": "3",
+        "--slo-ttft-s": "0.5",
+        "--slo-itl-s": "0.05",
+        "--policy": "predictive",
+        "--idle-s": "60.0",
+    }
+
+
+def test_the_pace_of_one_machine_yields_to_the_environment() -> None:
+    options = replace(OPTIONS, autoscale=AutoscaleOptions())
+    assert planner(options).autoscaler("", "").env["PACELINE_PERIOD_S"] == "1"
+    own = FleetPlanner(options, "test", URL, {"PACELINE_PERIOD_S": "9"})
+    assert own.autoscaler("", "").env["PACELINE_PERIOD_S"] == "9"
+
+
+@pytest.mark.parametrize(
+    ("options", "limit", "starts_prometheus"),
+    [
+        (OPTIONS, 16, False),
+        (replace(OPTIONS, num_decode=20), 20, False),
+        (replace(OPTIONS, max_workers=3), 3, False),
+        (replace(OPTIONS, has_prometheus=True), 16, True),
+        (replace(OPTIONS, autoscale=AutoscaleOptions()), 16, True),
+        (replace(OPTIONS, autoscale=AutoscaleOptions(), prometheus_url="http://p"), 16, False),
+    ],
+)
+def test_what_options_mean(options: PlatformOptions, limit: int, starts_prometheus: bool) -> None:
+    assert (options.worker_limit, options.starts_prometheus) == (limit, starts_prometheus)

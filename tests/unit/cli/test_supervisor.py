@@ -64,7 +64,7 @@ async def test_a_killed_child_comes_back_as_another_process(supervisor: Supervis
 
 async def test_every_start_is_reported(tmp_path: Path, supervisor: Supervisor) -> None:
     starts: list[list[int]] = []
-    supervisor._on_start = lambda: starts.append(supervisor.pids(["gateway"])["gateway"])
+    supervisor._on_change = lambda: starts.append(supervisor.pids(["gateway"])["gateway"])
     child = supervisor.start(python_child("crasher", "raise SystemExit(3)"))
     await until(lambda: child.num_crashes >= 3)
     assert child.exit_code == 3

@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from paceline.cli.app import app
 from paceline.cli.errors import CommandError
 from paceline.cli.ports import free_port, require_free
 from paceline.cli.readiness import raise_if_failing, unready
@@ -104,10 +106,12 @@ def test_the_ready_file_is_replaced_whole_and_private(tmp_path: Path) -> None:
     path.write_text("old")
     write_ready_file(
         path,
-        grpc="127.0.0.1:50051",
-        http="127.0.0.1:8080",
-        redis="redis://127.0.0.1:6379/0",
-        processes={"gateway": [1], "prefill": [2, 3], "decode": [4], "kvstore": [5], "redis": [6]},
+        {
+            "grpc": "127.0.0.1:50051",
+            "http": "127.0.0.1:8080",
+            "redis": "redis://127.0.0.1:6379/0",
+        },
+        {"gateway": [1], "prefill": [2, 3], "decode": [4], "kvstore": [5], "redis": [6]},
     )
     assert json.loads(path.read_text()) == {
         "grpc": "127.0.0.1:50051",
@@ -120,6 +124,7 @@ def test_the_ready_file_is_replaced_whole_and_private(tmp_path: Path) -> None:
             "kvstore": [5],
             "trainer": [],
             "autoscaler": [],
+            "prometheus": [],
             "redis": [6],
         },
     }
@@ -191,6 +196,31 @@ def test_a_trainer_needs_a_draft(tmp_path: Path) -> None:
         assert done.returncode == 1
         assert why in done.stderr
         assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        ("--min-decode 2", "do nothing without --autoscale"),
+        ("--decode 0", "nobody would start a decode worker"),
+        ("--autoscale --min-decode 3 --max-decode 2", "--min-decode 3 is over --max-decode 2"),
+        ("--autoscale --max-prefill 9 --max-workers 4", "--max-prefill 9: --max-workers allows 4"),
+        ("--decode 5 --max-workers 4", "--decode 5: --max-workers allows 4"),
+    ],
+)
+def test_up_says_which_flags_do_not_go_together(tmp_path: Path, flags: str, why: str) -> None:
+    result = CliRunner().invoke(app, ["up", "--model", str(DEMO), *flags.split()])
+    assert result.exit_code == 1
+    assert why in result.stderr
+
+
+def test_up_without_a_prometheus_says_how_to_get_one(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "paceline.cli", "up", "--model", str(DEMO), "--autoscale"]
+    command += ["--grpc-port", "0", "--http-port", "0", "--redis-url", "redis://127.0.0.1:1"]
+    env = {**os.environ, "PATH": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
+    assert done.returncode == 1
+    assert "no Prometheus found: install it" in done.stderr
 
 
 def test_the_command_line_needs_no_torch() -> None:

@@ -195,6 +195,7 @@ class ScriptedWorker:
         card: ModelCard = CARD,
         cost: StepCost = COST,
         drafters: tuple[str, ...] = (),
+        metrics_address: str = "",
     ) -> None:
         self._stage = stage
         self._membership = Membership(redis_url, fleet, lease_s=LEASE_S)
@@ -211,6 +212,7 @@ class ScriptedWorker:
             step_cost=None if self._is_node else cost,
             prefill_chunk_tokens=256,
             drafters=drafters,
+            metrics_address=metrics_address,
             load=load or Load(),
         )
         self.decode_calls: list[worker_pb2.DecodeRequest] = []

@@ -16,6 +16,7 @@ import grpc
 from paceline.domain.member import Member, Role
 from paceline.gateway.auth import Authenticator
 from paceline.gateway.fleet import FleetView
+from paceline.gateway.parking import create_parking
 from paceline.gateway.pipeline import Pipeline
 from paceline.gateway.routing import create_policy
 from paceline.gateway.server import SERVICE_NAME, InferenceServicer
@@ -95,9 +96,10 @@ class Stack:
         tokenise = TokeniseStep(tokenizer, settings.default_max_tokens, lambda: 7)
         lookup = LookupStep(index)
         policy = create_policy(settings.routing_policy)
-        route = RouteStep(self.fleet, policy, settings, self.metrics)
+        self.parking = create_parking(self.fleet, settings)
+        route = RouteStep(self.fleet, policy, self.parking, settings, self.metrics)
         self.pipeline = Pipeline(
-            settings, self.fleet, tokenizer, tokenise, lookup, route, self.metrics
+            settings, self.fleet, tokenizer, tokenise, lookup, self.parking, route, self.metrics
         )
         authenticator = Authenticator.from_file(settings.api_keys)
         servicer = InferenceServicer(self.pipeline, tokenise, self.fleet, authenticator, settings)
@@ -113,8 +115,8 @@ class Stack:
         await server.start()
         self._exits.push_async_callback(server.drain, 0.0)
         self.address = server.address
-        refreshing = asyncio.create_task(self.fleet.run())
-        self._exits.push_async_callback(_end, refreshing)
+        for coroutine in (self.fleet.run(), self.parking.run()):
+            self._exits.push_async_callback(_end, asyncio.create_task(coroutine))
         self.channel = grpc.aio.insecure_channel(server.address)
         self._exits.push_async_callback(self.channel.close)
         self.stub: Any = inference_pb2_grpc.InferenceServiceStub(self.channel)

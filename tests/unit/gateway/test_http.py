@@ -60,7 +60,9 @@ class Site:
 @asynccontextmanager
 async def serving(stack: Stack) -> AsyncIterator[Site]:
     site = Site(0)
-    app = create_app(stack.fleet, stack.pipeline.admission, stack.metrics, lambda: site.is_draining)
+    app = create_app(
+        stack.fleet, stack.pipeline, stack.metrics, lambda: site.is_draining, stack.settings
+    )
     server = HttpServer(app, "127.0.0.1", 0)
     site.port = server.port
     task = asyncio.create_task(server.run())
@@ -93,6 +95,51 @@ async def test_health_and_readiness(redis: RedisServer) -> None:
         page = await site.get("/readyz")
         assert (page.status, page.text) == (503, "draining\n")
         assert (await site.get("/healthz")).status == 200
+
+
+async def test_a_fleet_that_can_be_woken_is_ready(redis: RedisServer) -> None:
+    async with Stack(redis.url) as stack, serving(stack) as site:
+        assert (await site.get("/readyz")).status == 503
+        await stack.add(Role.AUTOSCALER)
+        assert (await site.get("/readyz")).status == 200
+
+
+async def test_prometheus_is_told_whom_to_scrape_also_while_redis_is_away(
+    redis_server: RedisServer,
+) -> None:
+    async with Stack(redis_server.url) as stack, serving(stack) as site:
+        await stack.add(Role.KVSTORE, worker_id="kv", metrics_address="127.0.0.1:3")
+        await stack.add(worker_id="d", metrics_address="127.0.0.1:2")
+        await stack.add(worker_id="silent")
+        labels = {"fleet": stack.name, "model": "demo"}
+        wanted = [
+            {
+                "targets": ["127.0.0.1:2"],
+                "labels": {"role": "decode", "member": "d", **labels},
+            },
+            {
+                "targets": ["127.0.0.1:3"],
+                "labels": {"role": "kvstore", "member": "kv", **labels},
+            },
+        ]
+        page = await site.get("/metrics/targets")
+        assert (page.status, page.type) == (200, "application/json")
+        assert json.loads(page.text) == wanted
+        redis_server.kill()
+        await until(lambda: not stack.fleet.has_redis)
+        assert json.loads((await site.get("/metrics/targets")).text) == wanted
+
+
+async def test_a_gateway_that_knows_nobody_yet_does_not_say_that_there_is_nobody(
+    redis_server: RedisServer,
+) -> None:
+    redis_server.kill()
+    async with Stack(redis_server.url) as stack, serving(stack) as site:
+        assert (await site.get("/metrics/targets")).status == 503
+        redis_server.start()
+        await until(lambda: stack.fleet.has_redis)
+        page = await site.get("/metrics/targets")
+        assert (page.status, json.loads(page.text)) == (200, [])
 
 
 async def test_metrics_count_what_happened(redis: RedisServer) -> None:
@@ -134,7 +181,7 @@ async def test_the_status_shows_the_fleet(redis: RedisServer) -> None:
         assert page.type == "application/json"
         status = json.loads(page.text)
         assert status["has_redis"] is True
-        assert status["requests"] == {"running": 1, "finished": 0, "failed": 0}
+        assert status["requests"] == {"running": 1, "parked": 0, "finished": 0, "failed": 0}
         assert status["model"]["name"] == "demo"
         assert status["model"]["kv_root"] == CARD.kv_root.hex()
         decode, node = status["members"]

@@ -95,7 +95,7 @@ def test_resumed_outputs_survive(resumed: dict[int, tuple[int, ...]]) -> None:
 
 
 @settings(max_examples=40)
-@given(st.builds(StepCost, DOUBLES, DOUBLES, DOUBLES, DOUBLES, st.none() | CURVED))
+@given(st.builds(StepCost, DOUBLES, DOUBLES, DOUBLES, DOUBLES, st.none() | CURVED, DOUBLES))
 def test_step_costs_survive(cost: StepCost) -> None:
     assert codec.step_cost_from_proto(codec.step_cost_to_proto(cost)) == cost
 

@@ -21,7 +21,7 @@ def test_defaults_are_those_of_the_engine() -> None:
 def test_flags_reach_the_engine_and_its_process() -> None:
     flags = "--drafters trie,medusa --draft d --medusa h --draft-nodes 7 --draft-depth 3"
     flags += " --draft-builder rsd-s --verifier rejection"
-    flags += " --capture-share 0.25 --capture-top 8 --capture-hidden"
+    flags += " --capture-share 0.25 --capture-top 8 --capture-hidden --min-step-s 0.02"
     wanted = EngineOptions(
         model="m",
         drafters=("trie", "medusa"),
@@ -34,6 +34,7 @@ def test_flags_reach_the_engine_and_its_process() -> None:
         capture_share=0.25,
         capture_top=8,
         capture_hidden=True,
+        min_step_s=0.02,
     )
     assert options(*flags.split()) == wanted
     assert EngineOptions.from_json(wanted.to_json()) == wanted

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 
 from paceline.domain.drafts import is_label, member_name
-from paceline.domain.errors import UnavailableError
 from paceline.domain.member import Member, Role
 from paceline.gateway.context import RequestContext
 from paceline.gateway.fleet import FleetView
+from paceline.gateway.parking import Parking
 from paceline.gateway.routing.base import FleetLoad, RoutingPolicy, RoutingRequest
 from paceline.gateway.settings import GatewaySettings
 from paceline.process.metrics import Metrics
@@ -23,9 +23,15 @@ class RouteStep:
     """Fills the workers of a request."""
 
     def __init__(
-        self, fleet: FleetView, policy: RoutingPolicy, settings: GatewaySettings, metrics: Metrics
+        self,
+        fleet: FleetView,
+        policy: RoutingPolicy,
+        parking: Parking,
+        settings: GatewaySettings,
+        metrics: Metrics,
     ) -> None:
         self._fleet = fleet
+        self._parking = parking
         self._policy = policy
         self._settings = settings
         self._metrics = metrics
@@ -35,6 +41,7 @@ class RouteStep:
 
         Raises:
             UnavailableError: no worker appeared in time.
+            ExhaustedError: too many requests wait for one.
             DeadlineError: the deadline passed while waiting for one.
         """
         fleet, model = self._fleet, ctx.card()
@@ -86,10 +93,8 @@ class RouteStep:
             found[:] = [w for w in workers if mode in w.drafters] or workers
             return bool(found)
 
-        wait_s = min(self._settings.wait_for_worker_s, ctx.remaining_s())
-        if not await fleet.wait_for(is_there, wait_s):
-            ctx.remaining_s()
-            raise UnavailableError("no decode worker is ready")
+        if not is_there():
+            await self._parking.wait(is_there, ctx.remaining_s())
         return found
 
 

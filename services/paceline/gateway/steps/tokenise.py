@@ -73,7 +73,8 @@ class TokeniseStep:
             n=request.n if request.HasField("n") else 1,
             priority=request.priority,
             speculation=request.speculation.mode or "AUTO",
-            is_seed_drawn=is_seed_drawn,
+            # The request may have come by before, for a model that is gone.
+            is_seed_drawn=is_seed_drawn or (ctx.spec is not None and ctx.spec.is_seed_drawn),
             domain=request.domain,
             allow_training=ctx.may_train
             and (request.allow_training or not request.HasField("allow_training")),

@@ -15,6 +15,7 @@ class GatewayArea(Area):
     requests_received = counter(
         "Requests of known callers, those that are refused or parked included.", "requests"
     )
+    requests_parked = gauge("Requests that wait because no decode worker is there.", "requests")
     requests_running = gauge("Admitted requests that did not end.", "requests")
     requests_finished = counter(
         "Requests that ended, by how.",
