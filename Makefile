@@ -7,7 +7,7 @@ KERNELS := kernels/paceline_kernels/cpu
 KERNELS_STAMP := $(VENV)/.kernels
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check fmt proto metrics-page test demo up
+.PHONY: help setup check fmt proto metrics-page dashboards test demo up
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -35,6 +35,7 @@ check: $(STAMP) ## Lint, types, import rules, wire contracts, generated pages
 	$(BIN)/buf breaking proto --against proto/base.binpb
 	scripts/check_stubs.sh
 	$(BIN)/python -m paceline.process.metrics.page | diff docs/metrics.md -
+	$(BIN)/python -m deploy.grafana.dashboards --check
 
 fmt: $(STAMP) ## Format the code
 	$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format .
@@ -44,6 +45,9 @@ proto: $(STAMP) ## Regenerate the stubs from proto/
 
 metrics-page: $(STAMP) ## Write docs/metrics.md from the declarations
 	$(BIN)/python -m paceline.process.metrics.page > docs/metrics.md
+
+dashboards: $(STAMP) ## Write the Grafana dashboards from their sources
+	$(BIN)/python -m deploy.grafana.dashboards
 
 test: $(STAMP) $(KERNELS_STAMP) ## Run the whole suite
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile tests/unit tests/kernels tests/docs
