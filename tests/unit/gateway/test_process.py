@@ -22,6 +22,7 @@ from paceline.domain.member import Member, Role
 from paceline.process.membership import Membership
 from paceline.v1 import inference_pb2_grpc
 from tests.redis_server import RedisServer
+from tests.refusal import refusal_of
 from tests.unit.gateway.scripted_worker import ScriptedWorker, Stage, answering
 from tests.unit.gateway.stack import DEMO, request_for
 from tests.unit.gateway.test_http import Site
@@ -144,6 +145,33 @@ async def test_a_gateway_that_is_told_to_stop_ends_its_streams_first(
     assert await process.ended() == 0
     membership = Membership(redis_server.url, "process")
     assert [m.role for m in await membership.members()] == [Role.DECODE]
+    await membership.close()
+
+
+async def test_a_gateway_that_ends_tells_of_parked_requests_and_keeps_none(
+    redis_server: RedisServer, tmp_path: Path
+) -> None:
+    membership = Membership(redis_server.url, "process")
+    autoscaler = Member("autoscaler", Role.AUTOSCALER, "127.0.0.1:1", 0, "test")
+    await membership.register(autoscaler)
+    async with gateway(tmp_path, redis_server.url, "--drain-grace-s", "15") as process:
+        address, _ = await process.addresses()
+        async with grpc.aio.insecure_channel(address) as channel:
+            stub: Any = inference_pb2_grpc.InferenceServiceStub(channel)
+            call = stub.Generate(request_for(), timeout=30)
+
+            async def is_announced() -> bool:
+                await membership.register(autoscaler)
+                found = [m for m in await membership.members() if m.role is Role.GATEWAY]
+                return [m.load.num_waiting for m in found] == [1]
+
+            await until(is_announced, 20)
+            process.process.send_signal(signal.SIGTERM)
+            with pytest.raises(grpc.aio.AioRpcError) as error:
+                await call.read()
+        refusal = refusal_of(error.value)
+        assert (refusal.code.name, refusal.reason) == ("UNAVAILABLE", "gateway-stopping")
+        assert await process.ended() == 0
     await membership.close()
 
 
