@@ -75,7 +75,7 @@ def simulate(
     slo_goal: flags.Goal = 0.99,
     prefill: flags.Prefill = None,
     decode: flags.Decode = None,
-    target: flags.Target = None,
+    target: flags.Targets = None,
     min_prefill: flags.MinPrefill = 1,
     min_decode: flags.MinDecode = 1,
     max_prefill: flags.MaxPrefill = 32,

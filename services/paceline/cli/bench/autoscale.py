@@ -29,7 +29,7 @@ from paceline.cli.simulation.report import table_head, table_row, to_json, trial
 from paceline.cli.simulation.results import figures
 from paceline.cli.simulation.simulation import Outcome, simulate
 from paceline.cli.simulation.traces import read_trace
-from paceline.cli.simulation.tuning import GRIDS, Trial, Trials, World, tune_sizes, tune_target
+from paceline.cli.simulation.tuning import GRIDS, Trial, Trials, World, tune_sizes, tune_targets
 
 _ALL = ("default", "hpa", "keda-queue", "static")
 
@@ -55,7 +55,7 @@ def autoscale(
     limit_s: flags.Limit = None,
     prefill: flags.Prefill = None,
     decode: flags.Decode = None,
-    target: flags.Target = None,
+    target: flags.Targets = None,
     min_prefill: flags.MinPrefill = 1,
     min_decode: flags.MinDecode = 1,
     max_prefill: flags.MaxPrefill = 32,
@@ -150,10 +150,10 @@ def _compare(given: flags.Given, path: Path, plot: Path | None, *, is_quiet: boo
 
 
 def _tuned(world: World, policy: PolicyOptions, goal: float) -> PolicyOptions:
-    """Return the policy with its one parameter chosen, where it has one that is not given."""
-    if policy.name in GRIDS and policy.target is None:
+    """Return the policy with its parameters chosen, where it has some that are not given."""
+    if policy.name in GRIDS and not policy.targets:
         with Trials(world, _report) as trials:
-            return tune_target(trials, policy, goal).policy
+            return tune_targets(trials, policy, goal).policy
     if policy.name == "static" and not policy.sizes:
         with Trials(world, _report) as trials:
             return tune_sizes(trials, policy, goal).policy

@@ -13,17 +13,12 @@ priced, those between lie on a line. With a step cost that is linear in context 
 with a curve it is off where a bend lies between. Who comes in between cuts the run at the end of
 the step that is under way. `max_steps` 1 takes every step by itself.
 
-**Tokens per step.** With drafts a step brings `emitted` tokens per sequence on average. After
-steps that brought E in sum a sequence has floor(E + r) of them, r drawn once for it: rounded at
-random, right on average, and known without drawing for every step.
-
 Not modelled: priorities, several outputs of a request, an engine's own prefix cache (its node's
 store serves instead), and time for page copies.
 """
 
 from __future__ import annotations
 
-import heapq
 import math
 from bisect import insort
 from collections.abc import Callable
@@ -31,6 +26,7 @@ from typing import Protocol
 
 from paceline.autoscaler.values import Replica
 from paceline.cli.simulation.events import EventQueue
+from paceline.cli.simulation.rows import DecodingRows
 from paceline.cli.simulation.sequence import STORE_BLOCK_TOKENS, Chunk, Sequence, Steps
 from paceline.domain.cost import StepShape
 from paceline.domain.member import Load
@@ -39,7 +35,6 @@ from paceline.engine.chunking import StepPace
 CHUNK_UNIT = 8
 """As in engine/scheduler.py."""
 MAX_STEPS = 64
-MOST_RESIDUE = 1.0 - 1e-6
 _TINY = 1e-9
 
 
@@ -99,18 +94,10 @@ class Engine:
         self._emission = emission
         self._deadline_s = deadline_s
         self._max_steps = max_steps
-        self._num_added = self._num_joins = 0
+        self._num_added = 0
         self._waiting: list[tuple[int, Sequence]] = []
         self._computing: list[Sequence] = []
-        self._rows: dict[int, Sequence] = {}
-        self._fresh: list[Sequence] = []
-        """Rows without a token from here."""
-        self._ends: list[tuple[float, int, Sequence]] = []
-        """Heap of what `_emitted` is when a row ends."""
-        self._emitted = 0.0
-        """Tokens per sequence over all steps that have ended."""
-        self._base = 0.0
-        """Context of all rows is this plus `_emitted` for each."""
+        self._rows = DecodingRows()
         self._pending_tokens = 0
         self._steps: Steps | None = None
         self._version = 0
@@ -156,7 +143,7 @@ class Engine:
         steps, emitted = self._steps, 0.0
         if steps is not None and steps.num > 1:
             emitted = steps.emitted * steps.num_ended(self._events.now_s)
-        used = self._context(emitted) + sum(s.computed for s in self._computing)
+        used = self._rows.context(emitted) + sum(s.computed for s in self._computing)
         total = self._replica.kv_tokens // STORE_BLOCK_TOKENS
         return Load(
             num_waiting=len(self._waiting),
@@ -187,7 +174,7 @@ class Engine:
             return False
         if not num_running:
             return True
-        reserved = self._context() + sum(s.target for s in self._computing)
+        reserved = self._rows.context() + sum(s.target for s in self._computing)
         reserved += STORE_BLOCK_TOKENS * num_running
         return reserved + sequence.target <= self._replica.kv_tokens
 
@@ -207,8 +194,7 @@ class Engine:
                     self._pending_tokens += max(0, sequence.remaining - 1)
                     self._computing.append(sequence)
                 else:
-                    self._join(sequence)
-                    self._fresh.append(sequence)
+                    self._rows.join(sequence, is_fresh=True)
             else:
                 return
 
@@ -249,10 +235,10 @@ class Engine:
 
     def _plan_decoding(self, emitted: float, nodes: int) -> Steps:
         num = 1
-        if not self._fresh:
-            to_end = math.ceil((self._next_end() - self._emitted) / emitted - _TINY)
+        if not self._rows.fresh:
+            to_end = math.ceil(self._rows.until_end() / emitted - _TINY)
             growth = len(self._rows) * emitted
-            to_full = int((self._replica.kv_tokens - self._context()) / growth)
+            to_full = int((self._replica.kv_tokens - self._rows.context()) / growth)
             num = max(1, min(self._max_steps, to_end, to_full))
         first_s = self._step_s(nodes, 0.0)
         rise_s = 0.0
@@ -261,7 +247,7 @@ class Engine:
         return Steps(self._events.now_s, first_s, rise_s, num, emitted)
 
     def _step_s(self, nodes: int, emitted: float) -> float:
-        return self._cost.step_s(self._decoding(nodes, self._context(emitted)))
+        return self._cost.step_s(self._decoding(nodes, self._rows.context(emitted)))
 
     def _decoding(self, nodes: int, attended: int) -> StepShape:
         rows = len(self._rows)
@@ -275,8 +261,8 @@ class Engine:
         least = min(CHUNK_UNIT, chunk_tokens)
         budget = max(chunk_tokens - rows, least)
         # Drafts are chosen behind the chunks, so the pace does not know them.
-        step = self._decoding(0, self._context())
-        elder = min((s.streams_since or math.inf for s in self._rows.values()), default=math.inf)
+        step = self._decoding(0, self._rows.context())
+        elder = min((s.streams_since or math.inf for s in self._rows), default=math.inf)
         chunks: list[Chunk] = []
         for sequence in self._computing:
             most = min(sequence.remaining, budget)
@@ -295,7 +281,7 @@ class Engine:
             chunks.append(Chunk(sequence, most))
             step, budget, least = step.with_chunk(most, sequence.computed), budget - most, 0
         if nodes and rows:
-            shape = self._decoding(nodes, self._context())
+            shape = self._decoding(nodes, self._rows.context())
             for chunk in chunks:
                 shape = shape.with_chunk(chunk.tokens, chunk.sequence.computed)
             step = shape
@@ -317,17 +303,16 @@ class Engine:
         self._begin()
 
     def _book_rows(self, steps: Steps) -> None:
-        now_s, owner = self._events.now_s, self._owner
-        self._emitted += steps.emitted * steps.num
-        old = len(self._rows) - len(self._fresh)
+        rows = self._rows
+        rows.advance(steps.emitted * steps.num)
+        old = len(rows) - len(rows.fresh)
         if old:
-            owner.on_steps(steps.num, old, steps.emitted, (now_s - steps.start_s) / steps.num)
-        for sequence in self._fresh:
+            gap_s = (self._events.now_s - steps.start_s) / steps.num
+            self._owner.on_steps(steps.num, old, steps.emitted, gap_s)
+        for sequence in rows.fresh:
             self._note_token(sequence)
-        self._fresh.clear()
-        while self._rows and self._next_end() <= self._emitted + _TINY:
-            sequence = heapq.heappop(self._ends)[2]
-            self._leave(sequence)
+        rows.fresh.clear()
+        for sequence in rows.take_ended():
             self._finish(sequence)
 
     def _book_chunk(self, chunk: Chunk) -> None:
@@ -340,8 +325,7 @@ class Engine:
                 self._computed(sequence)
         elif sequence.remaining == 1:
             self._computing.remove(sequence)
-            self._join(sequence)
-            self._fresh.append(sequence)
+            self._rows.join(sequence, is_fresh=True)
         elif sequence.remaining == 0:
             # The end of a prompt is drawn from in the same step.
             self._computing.remove(sequence)
@@ -349,7 +333,7 @@ class Engine:
             sequence.left -= 1
             self._note_token(sequence)
             if sequence.left > 0:
-                self._join(sequence)
+                self._rows.join(sequence, is_fresh=False)
             else:
                 self._finish(sequence)
 
@@ -366,64 +350,24 @@ class Engine:
         sequence.left = 0
         self._owner.on_end(sequence)
 
-    # -- rows -----------------------------------------------------------------------------
-
-    def _context(self, emitted: float = 0.0) -> int:
-        """Return the context of all rows, so many tokens for each later."""
-        return int(self._base + len(self._rows) * (self._emitted + emitted) + 0.5)
-
-    def _next_end(self) -> float:
-        """Return what `_emitted` is when the next row ends; entries of rows that left go."""
-        while True:
-            end, _, sequence = self._ends[0]
-            if self._rows.get(sequence.id) is sequence and sequence.ends_at == end:
-                return end
-            heapq.heappop(self._ends)
-
-    def _join(self, sequence: Sequence) -> None:
-        sequence.joined = self._emitted
-        sequence.computed = sequence.context
-        self._rows[sequence.id] = sequence
-        self._base += sequence.context - self._emitted
-        sequence.ends_at = self._emitted + sequence.left - sequence.residue
-        self._num_joins += 1
-        heapq.heappush(self._ends, (sequence.ends_at, self._num_joins, sequence))
-
-    def _leave(self, sequence: Sequence) -> None:
-        """Take a row out; its context is what it was when it joined."""
-        del self._rows[sequence.id]
-        self._base -= sequence.context - sequence.joined
-        if not self._rows:
-            # Sums of many differences drift.
-            self._base = 0.0
-
-    def _settle(self, sequence: Sequence) -> None:
-        """Take a row out in the middle, with the tokens it has."""
-        self._leave(sequence)
-        progress = self._emitted - sequence.joined + sequence.residue + _TINY
-        emitted = min(sequence.left - 1, int(progress))
-        sequence.residue = min(max(progress - emitted, 0.0), MOST_RESIDUE)
-        sequence.context += emitted
-        sequence.left -= emitted
-        if sequence in self._fresh:
-            self._fresh.remove(sequence)
+    # -- losing a place -------------------------------------------------------------------
 
     def _lacks_room(self, emitted: float) -> bool:
         if len(self._rows) + len(self._computing) < 2:
             return False
-        used = self._context(emitted) + sum(s.computed for s in self._computing)
+        used = self._rows.context(emitted) + sum(s.computed for s in self._computing)
         return used > self._replica.kv_tokens
 
     def _preempt(self) -> None:
         """Take the place of whoever came last; what it had is in the store but for a block."""
-        last = max([*self._rows.values(), *self._computing], key=lambda s: s.order)
+        last = max([*self._rows, *self._computing], key=lambda s: s.order)
         self._take_out(last)
         last.target = last.context - 1 if self._is_prefill else last.context
         self._owner.on_preempted(last)
 
     def _take_out(self, sequence: Sequence) -> None:
-        if self._rows.get(sequence.id) is sequence:
-            self._settle(sequence)
+        if sequence in self._rows:
+            self._rows.take_out(sequence)
             sequence.computed = sequence.context - 1
         else:
             self._computing.remove(sequence)
@@ -434,7 +378,7 @@ class Engine:
 
     def _hand_over(self) -> None:
         """Give all sequences away, in the order they came."""
-        running = sorted([*self._rows.values(), *self._computing], key=lambda s: s.order)
+        running = sorted([*self._rows, *self._computing], key=lambda s: s.order)
         for sequence in running:
             self._take_out(sequence)
         waiting = [sequence for _, sequence in self._waiting]

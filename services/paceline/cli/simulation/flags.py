@@ -47,11 +47,12 @@ Decode = Annotated[
     int | None,
     typer.Option(min=1, help="Size for static.", show_default=False, rich_help_panel=_SCALING),
 ]
-Target = Annotated[
-    float | None,
+Targets = Annotated[
+    str | None,
     typer.Option(
-        min=0.001,
-        help="What hpa and keda-queue aim at.",
+        "--target",
+        metavar="PREFILL,DECODE",
+        help="What hpa and keda-queue aim at; one number is for both pools.",
         show_default=False,
         rich_help_panel=_SCALING,
     ),
@@ -139,7 +140,7 @@ class Given:
     goal: float
     prefill: int | None
     decode: int | None
-    target: float | None
+    target: str | None
     min_prefill: int
     min_decode: int
     max_prefill: int
@@ -192,9 +193,21 @@ class Given:
             least=least,
             most=most,
             idle_s=self.idle_s,
-            target=self.target,
+            targets=self._targets(),
             sizes=sizes,
         )
+
+    def _targets(self) -> dict[Role, float]:
+        if self.target is None:
+            return {}
+        parts = self.target.split(",")
+        try:
+            values = [float(part) for part in parts]
+        except ValueError:
+            values = []
+        if len(values) not in (1, 2) or not all(0.0 < value < 1e6 for value in values):
+            raise CommandError(f"--target {self.target}: expected one number above 0, or two")
+        return {Role.PREFILL: values[0], Role.DECODE: values[-1]}
 
     def simulation_options(self) -> SimulationOptions:
         """Return the world; a fixed fleet is there from the start.

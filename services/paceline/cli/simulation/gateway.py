@@ -21,6 +21,7 @@ from paceline.cli.simulation.events import EventQueue
 from paceline.cli.simulation.fleet import Fleet, Worker
 from paceline.cli.simulation.meters import Meters
 from paceline.cli.simulation.sequence import STORE_BLOCK_TOKENS, Sequence
+from paceline.cli.simulation.store import NodeStore
 from paceline.domain.member import Role
 from paceline.gateway.routing.base import FleetLoad, RoutingPolicy, RoutingRequest
 
@@ -110,6 +111,7 @@ class Gateway:
             self._meters.note_cached(sequence.context, cached)
         fetch_s = self._move_s(near * STORE_BLOCK_TOKENS, (best - near) * STORE_BLOCK_TOKENS)
         worker = fleet.workers[first.id]
+        self._share(sequence, worker, cached)
         if decision.prefill is not None:
             sequence.prefill_worker = first.id
             self._call(worker, sequence, sequence.context)
@@ -204,7 +206,7 @@ class Gateway:
         delay_s = self._fleet.profile.hop_s
         delay_s += self._hand_over_s(sequence, source, target, self._events.now_s - began_s)
         sequence.computed = sequence.context - 1
-        self._put(sequence, target, sequence.context)
+        self._share(sequence, target, sequence.context)
         self._call(target, sequence, 0)
         self._deliver(target, sequence, delay_s)
 
@@ -214,8 +216,7 @@ class Gateway:
         load_s = self._move_s(sequence.context, 0)
         if source.member.node_id == target.member.node_id:
             return load_s
-        node = self._fleet.nodes[target.member.node_id]
-        there = node.num_leading(sequence.prefix) * sequence.arrival.block_tokens
+        there = self._node(target).num_leading(sequence.prefix) * sequence.arrival.block_tokens
         far = max(0, sequence.context - there)
         chunk = min(far, self._fleet.profile.replica.chunk_tokens)
         return load_s + max(self._move_s(0, far) - spent_s, self._move_s(0, chunk))
@@ -228,7 +229,8 @@ class Gateway:
         if sequence.first_token_s is None:
             sequence.first_token_s = now_s
             self._meters.note_first_token(now_s - sequence.arrival.at_s)
-            self._keep(sequence, worker, sequence.arrival.prompt_tokens)
+            if not sequence.prefill_worker:
+                self._keep(sequence, worker, sequence.arrival.prompt_tokens)
         elif sequence.paused_s is not None:
             self._meters.note_gaps(1, 1.0, now_s - sequence.paused_s)
         sequence.paused_s = None
@@ -262,13 +264,20 @@ class Gateway:
     def _keep(self, sequence: Sequence, worker: Worker, tokens: int) -> None:
         """Have a worker's node hold what was computed, for this request and by prefix."""
         sequence.held_by, sequence.held_tokens = worker.member.node_id, tokens
-        self._put(sequence, worker, tokens)
-
-    def _put(self, sequence: Sequence, worker: Worker, tokens: int) -> None:
         if sequence.prefix:
             block_tokens = sequence.arrival.block_tokens
-            node = self._fleet.nodes[worker.member.node_id]
-            node.put(sequence.prefix[: tokens // block_tokens], block_tokens)
+            self._node(worker).put(sequence.prefix[: tokens // block_tokens], block_tokens)
+
+    def _share(self, sequence: Sequence, worker: Worker, tokens: int) -> None:
+        """Have a worker read the prefix from its node, which copies what it lacks."""
+        if sequence.prefix:
+            node, block_tokens = self._node(worker), sequence.arrival.block_tokens
+            blocks = sequence.prefix[: tokens // block_tokens]
+            node.put(blocks, block_tokens)
+            node.read(blocks)
+
+    def _node(self, worker: Worker) -> NodeStore:
+        return self._fleet.nodes[worker.member.node_id]
 
     def end(self, sequence: Sequence) -> None:
         """Book the end of a request."""

@@ -26,8 +26,8 @@ class PolicyOptions:
     most: Mapping[Role, int] = field(default_factory=lambda: dict.fromkeys(POOLS, 32))
     idle_s: float | None = None
     """Time without requests after which pools go to zero; None: never."""
-    target: float | None = None
-    """What hpa and keda-queue aim at; None: their default."""
+    targets: Mapping[Role, float] = field(default_factory=dict)
+    """What hpa and keda-queue aim at for each pool; their defaults where nothing is said."""
     sizes: Mapping[Role, int] = field(default_factory=dict)
     """Of static."""
 

@@ -101,7 +101,10 @@ def trial_name(trial: Trial) -> str:
     policy = trial.policy
     if policy.sizes:
         return f"{policy.name} {policy.sizes[Role.PREFILL]}+{policy.sizes[Role.DECODE]}"
-    return policy.name if policy.target is None else f"{policy.name} {policy.target:g}"
+    if policy.targets:
+        aims = ", ".join(f"{policy.targets[role]:g}" for role in POOLS)
+        return f"{policy.name} {aims}"
+    return policy.name
 
 
 def to_json(
@@ -111,7 +114,7 @@ def to_json(
     return {
         "policy": policy.name,
         **figures.to_json(),
-        "target": policy.target,
+        "targets": {role.value: target for role, target in policy.targets.items()},
         "sizes": {role.value: size for role, size in policy.sizes.items()},
         "trace": given.trace,
         "replica": given.replica,

@@ -21,7 +21,7 @@ class Sequence:
     left: int
     """Tokens still to come."""
     residue: float
-    """Drawn once, 0..1: what rounds its tokens per step, see `engine.Engine`."""
+    """Drawn once, 0..1: what rounds its tokens per step, see rows.py."""
     prefix: tuple[bytes, ...] = ()
     """Names of the prompt's full blocks, of `arrival.block_tokens` each."""
     computed: int = 0

@@ -15,13 +15,14 @@ from dataclasses import dataclass, field
 from paceline.autoscaler.policies.base import ScalingPolicy
 from paceline.autoscaler.values import POOLS, Decision
 from paceline.cli.simulation.drafting import Drafting
-from paceline.cli.simulation.engine import MAX_STEPS, MOST_RESIDUE, Engine
+from paceline.cli.simulation.engine import MAX_STEPS, Engine
 from paceline.cli.simulation.events import EventQueue
 from paceline.cli.simulation.fleet import Change, Fleet, FleetOptions, Worker
 from paceline.cli.simulation.gateway import Gateway
 from paceline.cli.simulation.meters import Meters
 from paceline.cli.simulation.observing import Observer, ScrapeOptions
 from paceline.cli.simulation.profiles import Profile
+from paceline.cli.simulation.rows import MOST_RESIDUE
 from paceline.cli.simulation.sequence import Sequence
 from paceline.cli.simulation.store import prefix_keys
 from paceline.cli.simulation.traces import Arrival

@@ -34,17 +34,21 @@ class NodeStore:
         return count
 
     def put(self, keys: tuple[bytes, ...], block_tokens: int) -> None:
-        """Keep blocks; those that are here count as used."""
+        """Keep blocks; that they are written again is no use of them."""
         for key in keys:
-            if key in self._tokens:
-                self._policy.touch(key)
-            else:
+            if key not in self._tokens:
                 self._policy.admit(key)
                 self._tokens[key] = block_tokens
                 self._held_tokens += block_tokens
-        while self._held_tokens > self._capacity_tokens:
-            for key in self._policy.victims(1, lambda _: True):
+        while (excess := self._held_tokens - self._capacity_tokens) > 0:
+            for key in self._policy.victims(-(-excess // block_tokens), lambda _: True):
                 self._held_tokens -= self._tokens.pop(key)
+
+    def read(self, keys: tuple[bytes, ...]) -> None:
+        """Count a worker's use of blocks that are here."""
+        for key in keys:
+            if key in self._tokens:
+                self._policy.touch(key)
 
 
 def prefix_keys(arrival: Arrival) -> tuple[bytes, ...]:

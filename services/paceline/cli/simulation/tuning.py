@@ -1,6 +1,6 @@
-"""Makes baselines as good as they can be: their one parameter is chosen with hindsight.
+"""Makes baselines as good as they can be: what they aim at is chosen with hindsight.
 
-A policy with a target runs on the whole load once for each target of a grid; of those that reach
+A policy with targets runs on the whole load once for each pair of a grid; of those that reach
 the goal the one with the fewest replica-seconds is taken, else the one with the best attainment.
 A fixed fleet has the smallest sizes that reach the goal. The goal is a share of what is reachable
 (ceiling.py). Runs are spread over processes.
@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import repeat
+from itertools import product, repeat
 
 from paceline.autoscaler.values import POOLS
 from paceline.cli.simulation.policies import MakePolicy, PolicyOptions
@@ -22,11 +22,18 @@ from paceline.cli.simulation.simulation import SimulationOptions, simulate
 from paceline.cli.simulation.traces import Arrival
 from paceline.domain.member import Role
 
-GRIDS: dict[str, tuple[float, ...]] = {
-    "hpa": (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
-    "keda-queue": (0.5, 1.0, 2.0, 3.0, 5.0, 8.0, 12.0),
+GRIDS: dict[str, dict[Role, tuple[float, ...]]] = {
+    "hpa": {
+        Role.PREFILL: (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8),
+        Role.DECODE: (4.0, 8.0, 16.0, 32.0, 64.0),
+    },
+    "keda-queue": {
+        Role.PREFILL: (0.5, 1.0, 2.0, 4.0, 8.0),
+        Role.DECODE: (2.0, 4.0, 8.0, 16.0, 32.0, 64.0),
+    },
 }
-"""Targets tried; busy share of a replica, and requests waiting or running per replica."""
+"""Targets tried per pool. hpa: busy share of prefill, sequences per decode worker; keda-queue:
+requests per worker, waiting and running."""
 
 _WIDEST = 3
 """Fixed fleets are looked for up to this many replicas beyond what each pool needs alone."""
@@ -106,9 +113,17 @@ def best(trials: Iterable[Trial], goal: float) -> Trial:
     return min(trials, key=order)
 
 
-def tune_target(trials: Trials, policy: PolicyOptions, goal: float) -> Trial:
-    """Return the best of the grid of a policy with a target."""
-    return best(trials.run(replace(policy, target=t) for t in GRIDS[policy.name]), goal)
+def tune_targets(trials: Trials, policy: PolicyOptions, goal: float) -> Trial:
+    """Return the best of the grid of a policy with targets."""
+    grid = GRIDS[policy.name]
+    pairs = product(grid[Role.PREFILL], grid[Role.DECODE])
+    return best(
+        trials.run(
+            replace(policy, targets={Role.PREFILL: prefill, Role.DECODE: decode})
+            for prefill, decode in pairs
+        ),
+        goal,
+    )
 
 
 def tune_sizes(trials: Trials, policy: PolicyOptions, goal: float) -> Trial:

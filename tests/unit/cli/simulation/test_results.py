@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import random
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -29,7 +29,7 @@ from paceline.cli.simulation.tuning import (
     World,
     best,
     tune_sizes,
-    tune_target,
+    tune_targets,
 )
 from paceline.domain.cost import StepShape
 from paceline.domain.member import Role
@@ -94,7 +94,7 @@ def policy(name: str) -> PolicyOptions:
 
 def world() -> World:
     draw, at_s, load = random.Random(3), 0.0, []
-    for _ in range(400):
+    for _ in range(200):
         at_s += draw.expovariate(8.0)
         load.append(Arrival(at_s, draw.randint(50, 400), draw.randint(1, 60)))
     options = SimulationOptions(
@@ -116,24 +116,24 @@ def test_the_smallest_fixed_fleet_that_reaches_the_goal_is_found() -> None:
         assert found.figures.slo_attainment >= 0.9
         total = sum(found.policy.sizes.values())
         smaller = [
-            PolicyOptions(**{**_fields(found.policy), "sizes": sizes(p, total - 1 - p)})
-            for p in range(1, total - 1)
+            replace(found.policy, sizes=sizes(p, total - 1 - p)) for p in range(1, total - 1)
         ]
         assert smaller
         assert all(t.figures.slo_attainment < 0.9 for t in trials.run(smaller))
 
 
-def _fields(options: PolicyOptions) -> dict[str, object]:
-    return {name: getattr(options, name) for name in options.__dataclass_fields__}
-
-
-def test_the_cheapest_target_that_reaches_the_goal_is_taken_in_any_number_of_processes() -> None:
+def test_the_cheapest_targets_that_reach_the_goal_are_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    grid = {Role.PREFILL: (0.3, 0.6), Role.DECODE: (0.3, 0.6, 0.9)}
+    monkeypatch.setitem(GRIDS, "hpa", grid)
     found = []
     for num_processes in (1, 2):
         seen: list[Trial] = []
         with Trials(world(), seen.append, num_processes) as trials:
-            found.append(tune_target(trials, policy("hpa"), goal=0.3))
-        assert [t.policy.target for t in seen] == list(GRIDS["hpa"])
+            found.append(tune_targets(trials, policy("hpa"), goal=0.3))
+        aims = [(t.policy.targets[Role.PREFILL], t.policy.targets[Role.DECODE]) for t in seen]
+        assert aims == [(p, d) for p in grid[Role.PREFILL] for d in grid[Role.DECODE]]
         reaching = [t for t in seen if t.figures.slo_attainment >= 0.3]
         cheapest = min(t.figures.replica_seconds for t in reaching)
         assert found[-1].figures.replica_seconds == cheapest
@@ -147,7 +147,8 @@ def test_without_a_target_that_reaches_the_goal_the_best_attainment_is_taken() -
 
 
 def _with_target(target: float) -> PolicyOptions:
-    return PolicyOptions(**{**_fields(policy("hpa")), "target": target})
+    targets = {Role.PREFILL: target, Role.DECODE: target}
+    return replace(policy("hpa"), targets=targets)
 
 
 # -- replicas -----------------------------------------------------------------------------

@@ -51,7 +51,7 @@ class Threshold:
 
     def __init__(self, options: PolicyOptions) -> None:
         self._options = options
-        self._target = options.target or 0.6
+        self._targets = options.targets
 
     def decide(self, observation: Observation) -> Decision:
         """Return one more, one less, or the same."""
@@ -60,9 +60,10 @@ class Threshold:
             pool = observation.pools[role]
             size, busy = pool.requested, pool.busy_ratio
             if busy is not None and not observation.problems:
-                if busy > self._target and not pool.starting:
+                target = self._targets.get(role, 0.6)
+                if busy > target and not pool.starting:
                     size += 1
-                elif busy < 0.5 * self._target:
+                elif busy < 0.5 * target:
                     size -= 1
             least, most = self._options.least[role], self._options.most[role]
             wanted[role] = min(most, max(least, size))
