@@ -171,7 +171,9 @@ def _run(trace: Trace, given: flags.Given, name: str, *, is_quiet: bool) -> _Run
     if not arrivals:
         raise CommandError("--load, --limit-s: no request of the trace is left")
     options, policy = given.simulation_options(), given.policy_options()
-    if policy.name == "static" and policy.sizes:
+    if policy.name == "static":
+        if not policy.sizes:
+            raise CommandError("--policy static: give its size, --prefill and --decode")
         options = replace(options, initial=policy.sizes)
     with RunProgress(name, is_quiet=is_quiet) as progress:
         outcome = run_simulation(arrivals, make_policy(policy), options, progress.note)
