@@ -12,6 +12,7 @@ from paceline.cli.bench import bench
 from paceline.cli.demo import demo
 from paceline.cli.draft import draft
 from paceline.cli.generate import generate
+from paceline.cli.simulate import simulate
 from paceline.cli.status import status
 from paceline.cli.up import up
 
@@ -49,6 +50,7 @@ app.command()(up)
 app.command()(generate)
 app.command()(status)
 app.command()(demo)
+app.command()(simulate)
 app.add_typer(bench)
 app.add_typer(draft)
 app.add_typer(autoscaler)

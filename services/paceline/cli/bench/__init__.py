@@ -1,13 +1,14 @@
 """`paceline bench`: what this machine and this build can do, as numbers.
 
 One file per bench. The measuring happens in a process of its own (paceline/engine/bench),
-which child.py starts; nothing here reaches torch.
+which child.py starts; nothing here reaches torch. `autoscale` measures nothing: it simulates.
 """
 
 from __future__ import annotations
 
 import typer
 
+from paceline.cli.bench.autoscale import autoscale
 from paceline.cli.bench.chunking import chunking
 from paceline.cli.bench.cost import cost
 from paceline.cli.bench.engine import engine
@@ -28,5 +29,6 @@ bench.command()(roofline)
 bench.command()(spec)
 bench.command()(online)
 bench.command()(training)
+bench.command()(autoscale)
 
 __all__ = ["bench"]
