@@ -43,6 +43,9 @@ class Metrics:
             "rpc_requests", "Finished gRPC calls", "method", "code", "reason"
         )
         self.rpc_seconds = self._histogram("rpc_seconds", "Duration of gRPC calls", "method")
+        self.trace_spans_dropped = self._counter(
+            "trace_spans_dropped", "Spans that did not reach the collector"
+        )
         self._declare_gateway()
         self._declare_worker()
         self._declare_speculation()
