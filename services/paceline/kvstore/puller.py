@@ -21,6 +21,7 @@ from paceline.kvstore.counters import NodeCounters
 from paceline.kvstore.store import BlockStore
 from paceline.kvstore.transport import Transports
 from paceline.kvstore.values import FetchedBlock, KvLayoutInfo, WrittenBlock
+from paceline.process.spans import Attributes, current_span, span
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +112,22 @@ class Puller:
     async def _fetch(
         self, session_id: str, layout: KvLayoutInfo, keys: list[bytes], source: str
     ) -> None:
+        about: Attributes = {
+            "paceline.source": source,
+            "paceline.transport": source.partition(":")[0],
+            "paceline.blocks": len(keys),
+        }
+        with span("kv.transfer", about) as copying:
+            await self._copy(session_id, layout, keys, source)
+            if copying.is_recording:
+                held = self._store.shelves.contains
+                num_held = sum(held(layout.kv_root, key) for key in keys)
+                num_bytes = num_held * layout.block_bytes
+                copying.set({"paceline.found_blocks": num_held, "paceline.bytes": num_bytes})
+
+    async def _copy(
+        self, session_id: str, layout: KvLayoutInfo, keys: list[bytes], source: str
+    ) -> None:
         try:
             self._store.open_session(session_id, layout.shape, _now_s())
             async with asyncio.timeout(self._timeout_s), self._limit:
@@ -123,6 +140,7 @@ class Puller:
             self._counters.failed_pulls += 1
             fields = {"source": source, "error": str(error) or "timeout"}
             logger.info("pull-failed", extra={"fields": fields})
+            current_span().fail(getattr(error, "reason", "timeout"))
         finally:
             # Nobody but this task writes its slots, so they need no rest.
             self._store.close_session(session_id, _now_s(), quarantine_s=0.0)
