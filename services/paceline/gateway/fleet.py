@@ -32,6 +32,7 @@ from paceline.domain.member import Member, ModelCard, Role
 from paceline.gateway.channels import Channels
 from paceline.gateway.suspects import Incarnation, Suspects
 from paceline.process.membership import Membership
+from paceline.process.spans import span
 from paceline.rpc.channel import map_rpc_error
 
 logger = logging.getLogger(__name__)
@@ -158,11 +159,15 @@ class FleetView:
 
     async def wait_for(self, is_there: Callable[[], bool], timeout_s: float) -> bool:
         """Wait until a condition on the view holds; tell whether it does."""
+        if is_there():
+            return True
         deadline = time.monotonic() + timeout_s
-        while not is_there():
-            if time.monotonic() >= deadline:
-                return False
-            await asyncio.sleep(POLL_S / 2)
+        with span("wait") as waiting:
+            while not is_there():
+                if time.monotonic() >= deadline:
+                    waiting.fail("no-ready-worker")
+                    return False
+                await asyncio.sleep(POLL_S / 2)
         return True
 
     # -- calls ----------------------------------------------------------------------------
