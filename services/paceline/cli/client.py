@@ -11,8 +11,10 @@ from google.rpc import code_pb2  # type: ignore[import-untyped]
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from paceline.domain.errors import InvalidRequestError, PacelineError
+from paceline.process.spans import current_span
 from paceline.rpc.channel import map_rpc_error, open_channel
 from paceline.rpc.interceptors import CODES
+from paceline.rpc.trace_metadata import TRACE_ID_KEY, trace_metadata
 from paceline.v1 import inference_pb2, inference_pb2_grpc
 
 DEFAULT_ENDPOINT = "127.0.0.1:50051"
@@ -25,6 +27,8 @@ class InferenceClient:
     def __init__(self, channel: grpc.aio.Channel, api_key: str | None = None) -> None:
         self._stub: Any = inference_pb2_grpc.InferenceServiceStub(channel)
         self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
+        self.trace_id = ""
+        """What the gateway said of the last call that ended; empty if it said nothing."""
 
     async def generate(
         self, request: inference_pb2.GenerateRequest, timeout_s: float
@@ -34,14 +38,21 @@ class InferenceClient:
         Raises:
             PacelineError: what the gateway says, or what the transport met.
         """
-        call = self._stub.Generate(request, metadata=self._metadata, timeout=timeout_s)
+        metadata = (*self._metadata, *trace_metadata(current_span().context))
+        call = self._stub.Generate(request, metadata=metadata, timeout=timeout_s)
         try:
             async for response in call:
                 yield response
+            self.trace_id = _trace_id(await call.trailing_metadata())
         except grpc.aio.AioRpcError as error:
+            self.trace_id = _trace_id(error.trailing_metadata())
             raise map_rpc_error(error) from error
         finally:
             call.cancel()
+
+
+def _trace_id(trailers: Any) -> str:
+    return next((str(value) for key, value in trailers or () if key == TRACE_ID_KEY), "")
 
 
 @asynccontextmanager

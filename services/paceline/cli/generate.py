@@ -7,9 +7,10 @@ import io
 import os
 import signal
 import sys
-from contextlib import aclosing
+from collections.abc import Iterator
+from contextlib import aclosing, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import typer
 
@@ -17,6 +18,7 @@ from paceline.cli.answer import AnswerPrinter
 from paceline.cli.client import DEFAULT_ENDPOINT, describe_error, open_client
 from paceline.cli.errors import CommandError, leave
 from paceline.domain.errors import PacelineError, UnavailableError
+from paceline.process.spans import check_endpoint, create_tracer, current_span
 from paceline.v1 import inference_pb2
 
 INTERRUPTED_EXIT_CODE = 130
@@ -125,6 +127,15 @@ def generate(
     usage: Annotated[
         bool, typer.Option(help="Print usage on stderr at the end.", rich_help_panel=_OUTPUT)
     ] = False,
+    trace: Annotated[
+        bool,
+        typer.Option(
+            "--trace",
+            help="Print the trace id on stderr at the end; with PACELINE_OTLP_ENDPOINT set, "
+            "the trace begins here and is recorded.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = False,
     timeout: Annotated[float, typer.Option(min=0.001, help="Seconds for the call.")] = 300.0,
 ) -> None:
     """Stream an answer to a prompt."""
@@ -154,7 +165,9 @@ def generate(
         printer = AnswerPrinter(
             sys.stdout, sys.stderr, num_outputs=n or 1, as_json=as_json, has_usage=usage
         )
-        asyncio.run(_stream(request, endpoint, api_key, timeout, printer))
+        with _root_span() if trace else nullcontext():
+            notes = sys.stderr if trace else None
+            asyncio.run(_stream(request, endpoint, api_key, timeout, printer, notes))
     except CommandError as error:
         leave("generate", error)
     except BrokenPipeError:
@@ -171,8 +184,9 @@ async def _stream(
     api_key: str | None,
     timeout_s: float,
     printer: AnswerPrinter,
+    trace_notes: TextIO | None,
 ) -> None:
-    has_answer = False
+    has_answer, trace_id = False, ""
     # asyncio.run's own handler does not wake a loop that is just going to wait.
     task = asyncio.current_task()
     assert task is not None
@@ -180,10 +194,13 @@ async def _stream(
     try:
         async with open_client(endpoint, api_key) as client:
             responses = client.generate(request, timeout_s)
-            async with aclosing(responses) as open_responses:  # type: ignore[type-var]
-                async for response in open_responses:
-                    has_answer = True
-                    printer.push(response)
+            try:
+                async with aclosing(responses) as open_responses:  # type: ignore[type-var]
+                    async for response in open_responses:
+                        has_answer = True
+                        printer.push(response)
+            finally:
+                trace_id = client.trace_id or current_span().context.trace_id
     except PacelineError as error:
         hint = ""
         is_unreachable = isinstance(error, UnavailableError) and error.reason == "peer-unavailable"
@@ -192,6 +209,31 @@ async def _stream(
         raise CommandError(describe_error(error) + hint) from error
     finally:
         printer.close()
+        if trace_notes is not None and trace_id:
+            print(f"trace {trace_id}", file=trace_notes)
+
+
+@contextmanager
+def _root_span() -> Iterator[None]:
+    """Begin the trace of the call here, if there is somewhere to send it.
+
+    Raises:
+        CommandError: spans cannot be sent there.
+    """
+    endpoint = os.environ.get("PACELINE_OTLP_ENDPOINT", "")
+    try:
+        check_endpoint(endpoint)
+    except ValueError as error:
+        raise CommandError(f"PACELINE_OTLP_ENDPOINT: {error}", 2) from error
+    if not endpoint:
+        yield
+        return
+    tracer = create_tracer(endpoint, 1.0, {"service.name": "paceline-cli"})
+    try:
+        with tracer.begin("paceline generate", None, kind="client"):
+            yield
+    finally:
+        tracer.close()
 
 
 def _read_stdin() -> str:

@@ -8,6 +8,15 @@ from paceline.domain.request import TokenChunk
 
 
 @dataclass(frozen=True, slots=True)
+class DraftRound:
+    """A draft that was verified."""
+
+    drafter: str
+    num_drafted: int
+    num_accepted: int
+
+
+@dataclass(frozen=True, slots=True)
 class RequestUpdate:
     """News of one request since the last update; several engine steps may be merged."""
 

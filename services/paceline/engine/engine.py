@@ -14,19 +14,14 @@ from typing import TYPE_CHECKING
 from paceline.domain.blocks import salt_key
 from paceline.domain.drafts import DraftState, StagedDraft
 from paceline.domain.errors import AlreadyExistsError, InternalError
+from paceline.domain.progress import DraftRound
 from paceline.domain.request import FinishReason, GenerationSpec, TokenChunk
 from paceline.engine.admission import Admission
-from paceline.engine.events import (
-    DraftsEvent,
-    EngineEvent,
-    EngineLoad,
-    FailedEvent,
-    LearningsEvent,
-)
+from paceline.engine.events import DraftsEvent, EngineEvent, EngineLoad, FailedEvent
 from paceline.engine.integrity import check_requests
 from paceline.engine.kv_exchange import KvExchange
 from paceline.engine.ports import BlockArena, Slot, StepRunner, StoredBlock
-from paceline.engine.reports import end_report, load_report, step_report
+from paceline.engine.reports import end_report, learnings_report, load_report, step_report
 from paceline.engine.request import Phase, Request, Sequence, check_tokens
 from paceline.engine.scheduler import Scheduler
 from paceline.engine.spec.report import PacedReport
@@ -69,7 +64,9 @@ class Engine:
         self._kv_root = kv_root
         self._vocab_size = vocab_size
         self._monotonic = monotonic
-        self._exchange = KvExchange(scheduler.pool, runner, scheduler.block_size, kv_root)
+        self._exchange = KvExchange(
+            scheduler.pool, runner, scheduler.block_size, kv_root, monotonic
+        )
         self._admission = Admission(scheduler, self._exchange)
         self._requests: dict[str, Request] = {}
         self._leaders: list[Sequence] = []
@@ -90,8 +87,11 @@ class Engine:
         resumed: Mapping[int, tuple[int, ...]] | None = None,
         finished_indices: frozenset[int] = frozenset(),
         fleet_id: str | None = None,
+        is_traced: bool = False,
     ) -> None:
         """Queue a request; `fleet_id` keys its tail block and defaults to its own id.
+
+        Of one that `is_traced` it is also told who drafted.
 
         Raises:
             AlreadyExistsError: a request with this id runs.
@@ -108,6 +108,7 @@ class Engine:
             is_prefill_only=is_prefill_only,
             resumed={} if is_prefill_only else dict(resumed or {}),
             finished_indices=frozenset() if is_prefill_only else finished_indices,
+            is_traced=is_traced,
         )
         check_tokens(request, self._scheduler.max_context_tokens, self._vocab_size)
         self._num_arrivals += 1
@@ -204,7 +205,7 @@ class Engine:
             self._settle_leaders(now_s)
         self._events += self._exchange.write_saves(self._monotonic())
         self._settle_leaders(now_s)
-        self._events += self._learnings()
+        self._events += learnings_report(self._speculator, self._capture)
         events, self._events = self._events, []
         return events
 
@@ -340,6 +341,9 @@ class Engine:
         version = ""
         if self._speculator is not None and num_drafted:
             version = self._speculator.drafted_by(sequence.id)
+            if sequence.request.is_traced:
+                arm = self._speculator.arm_of(sequence.id)
+                sequence.request.rounds.append(DraftRound(arm, num_drafted, num_accepted))
         reason = self._scheduler.finish_reason(sequence)
         if reason is not None:
             self._finish(sequence, reason)
@@ -353,14 +357,6 @@ class Engine:
             accepted_tokens=min(num_accepted, len(taken)),
             draft_version=version,
         )
-
-    def _learnings(self) -> list[EngineEvent]:
-        """Return what there is to train and to judge drafts with since the last step."""
-        outcomes = () if self._speculator is None else tuple(self._speculator.take_outcomes())
-        if self._capture is not None and self._capture.has_samples:
-            samples, capture_s = self._capture.take()
-            return [LearningsEvent(samples, outcomes, capture_s)]
-        return [LearningsEvent(outcomes=outcomes)] if outcomes else []
 
     def _report(self, request: Request, chunks: tuple[TokenChunk, ...]) -> None:
         """Tell the host about a request; forget one that is over."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from paceline.domain.drafts import DraftState
 from paceline.domain.learnings import Sample, SequenceOutcome
+from paceline.domain.progress import DraftRound
 from paceline.domain.request import TokenChunk
 from paceline.engine.ports import StoredBlock
 from paceline.engine.spec.report import SpeculationReport
@@ -24,6 +25,8 @@ class OutputEvent:
     store_hit_tokens: int = 0
     computed_tokens: int = 0
     is_finished: bool = False
+    rounds: tuple[DraftRound, ...] = ()
+    """Of traced requests only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,9 @@ class LoadedEvent:
     corrupt_keys: tuple[bytes, ...]
     num_blocks: int
     num_bytes: int
+    started_s: float = 0.0
+    """When reading began, by the engine's clock; 0 if nothing was read."""
+    ended_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +58,8 @@ class SavedEvent:
 
     request_id: str
     blocks: tuple[StoredBlock, ...]
+    started_s: float = 0.0
+    """When writing began, by the engine's clock."""
 
 
 @dataclass(frozen=True, slots=True)

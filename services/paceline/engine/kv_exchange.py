@@ -11,6 +11,7 @@ admission.py call this file.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from paceline.engine.blocks import BlockPool
@@ -39,7 +40,16 @@ class _Save:
 class KvExchange:
     """Pending saves and lookups over one arena; without an arena it does nothing."""
 
-    def __init__(self, pool: BlockPool, memory: PageMemory, block_size: int, root: bytes) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        memory: PageMemory,
+        block_size: int,
+        root: bytes,
+        monotonic: Callable[[], float],
+    ) -> None:
+        """`monotonic` times the copying."""
+        self._monotonic = monotonic
         self._pool = pool
         self._memory = memory
         self._block_size = block_size
@@ -113,6 +123,7 @@ class KvExchange:
         """Write queued blocks while slots last; give up those that waited too long."""
         if not self._saves:
             return []
+        started_s = self._monotonic()
         saved: dict[str, list[StoredBlock]] = {}
         budget = max(1, SAVE_BYTES_PER_STEP // self._memory.page_bytes)
         while self._arena is not None and self._saves and self._slots and budget > 0:
@@ -124,7 +135,7 @@ class KvExchange:
                 self._done(save)
         while self._saves and self._saves[0].deadline_s <= now_s:
             self._done(self._saves.popleft())
-        return [SavedEvent(request_id, tuple(blocks)) for request_id, blocks in saved.items()]
+        return [SavedEvent(id_, tuple(blocks), started_s) for id_, blocks in saved.items()]
 
     def reclaim(self) -> bool:
         """Give up the oldest save that alone holds its page; False when there is none."""
@@ -192,7 +203,7 @@ class KvExchange:
             return 0, []
         assert lookup.id is not None, "answered before it was asked"
         by_key = {block.key: block for block in lookup.blocks}
-        gained, used, corrupt = 0, 0, []
+        gained, used, corrupt, started_s = 0, 0, [], self._monotonic()
         num_full, num_tail = divmod(sequence.max_cached, self._block_size)
         wanted = [(k, self._block_size) for k in sequence.block_keys(num_full, self._block_size)]
         wanted = [*wanted[num_local:], (lookup.tail_key, num_tail)]
@@ -209,7 +220,9 @@ class KvExchange:
             sequence.num_computed += num_tokens
             gained, used = gained + num_tokens, used + 1
         num_bytes = used * self._memory.page_bytes
-        return gained, [LoadedEvent(lookup.id, tuple(corrupt), used, num_bytes)]
+        ended_s = self._monotonic()
+        loaded = LoadedEvent(lookup.id, tuple(corrupt), used, num_bytes, started_s, ended_s)
+        return gained, [loaded]
 
     def _fill(self, page: int, block: StoredBlock) -> bool:
         """Copy one block into a page; tell whether its bytes are what was written."""

@@ -5,16 +5,23 @@ engine.py decides when; prefix hits are told once, with the first report.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from paceline.domain.request import TokenChunk
-from paceline.engine.events import EngineLoad, OutputEvent
+from paceline.engine.events import EngineLoad, LearningsEvent, OutputEvent
 from paceline.engine.request import Request
 from paceline.engine.scheduler import Scheduler
 from paceline.engine.spec.report import SpeculationReport
+
+if TYPE_CHECKING:
+    from paceline.engine.spec.capture import Capture
+    from paceline.engine.spec.speculator import Speculator
 
 
 def step_report(request: Request, chunks: tuple[TokenChunk, ...]) -> OutputEvent:
     """Return what a step brought for a request."""
     local, store = _hits(request)
+    rounds, request.rounds = tuple(request.rounds), []
     return OutputEvent(
         request_id=request.spec.request_id,
         chunks=chunks,
@@ -22,6 +29,7 @@ def step_report(request: Request, chunks: tuple[TokenChunk, ...]) -> OutputEvent
         store_hit_tokens=store,
         computed_tokens=request.num_prompt_computed,
         is_finished=request.is_finished and not request.is_prefill_only,
+        rounds=rounds,
     )
 
 
@@ -35,6 +43,17 @@ def end_report(request: Request) -> OutputEvent:
         computed_tokens=max(len(request.spec.prompt_token_ids) - 1, 0),
         is_finished=True,
     )
+
+
+def learnings_report(
+    speculator: Speculator | None, capture: Capture | None
+) -> list[LearningsEvent]:
+    """Return what there is to train and to judge drafts with since the last step."""
+    outcomes = () if speculator is None else tuple(speculator.take_outcomes())
+    if capture is not None and capture.has_samples:
+        samples, capture_s = capture.take()
+        return [LearningsEvent(samples, outcomes, capture_s)]
+    return [LearningsEvent(outcomes=outcomes)] if outcomes else []
 
 
 def load_report(

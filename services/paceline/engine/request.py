@@ -14,6 +14,7 @@ from enum import Enum
 
 from paceline.domain.blocks import block_key, tail_key
 from paceline.domain.errors import InvalidRequestError
+from paceline.domain.progress import DraftRound
 from paceline.domain.request import FinishReason, GenerationSpec
 from paceline.engine.page_table import PageTable
 
@@ -148,6 +149,9 @@ class Request:
     has_reported_hits: bool = False
     num_unsaved: int = 0
     """Blocks queued for the store and not written yet."""
+    is_traced: bool = False
+    rounds: list[DraftRound] = field(default_factory=list)
+    """Drafts of a traced request that were not reported yet."""
 
     @property
     def order(self) -> tuple[int, int]:

@@ -45,6 +45,9 @@ async def serve(settings: GatewaySettings) -> int:
     """Run the gateway until a signal; return the exit code."""
     stop = stop_event()
     metrics = Metrics("gateway", model=settings.model_name)
+    tracer = settings.create_tracer(
+        "gateway", _member_id(settings), metrics.trace_spans_dropped.inc
+    )
     tasks = Tasks(stop)
     tokenizer = ModelTokenizer(settings.model)
     authenticator = Authenticator.from_file(settings.api_keys)
@@ -70,6 +73,8 @@ async def serve(settings: GatewaySettings) -> int:
         port=settings.grpc_port,
         max_message_bytes=settings.max_message_bytes,
         write_timeout_s=settings.slow_client_timeout_s,
+        tracer=tracer,
+        is_door=True,
     )
     await server.start()
     member = _member(settings, server, http)
@@ -100,12 +105,17 @@ async def serve(settings: GatewaySettings) -> int:
     await fleet.close()
     await index.close()
     await membership.close()
+    tracer.close()
     return 1 if has_crashed else 0
+
+
+def _member_id(settings: GatewaySettings) -> str:
+    return settings.member_id or f"gateway-{os.getpid()}"
 
 
 def _member(settings: GatewaySettings, server: GrpcServer, http: HttpServer) -> Member:
     return Member(
-        id=settings.member_id or f"gateway-{os.getpid()}",
+        id=_member_id(settings),
         role=Role.GATEWAY,
         address=server.address,
         pid=os.getpid(),

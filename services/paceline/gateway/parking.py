@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from paceline.domain.errors import DeadlineError, ExhaustedError, UnavailableError
 from paceline.gateway.fleet import FleetView
 from paceline.gateway.settings import GatewaySettings
+from paceline.process.spans import span
 
 POLL_S = 0.05
 
@@ -87,8 +88,9 @@ class Parking:
         ticket = _Ticket(is_there, self._monotonic(), self._limit_s(), answer)
         self._tickets.append(ticket)
         try:
-            async with asyncio.timeout(timeout_s):
-                await answer
+            with span("parked"):
+                async with asyncio.timeout(timeout_s):
+                    await answer
         except TimeoutError as error:
             raise DeadlineError("the deadline passed") from error
         finally:

@@ -37,7 +37,9 @@ from paceline.gateway.steps.validate import (
     check_speculation,
 )
 from paceline.gateway.tokenizer import ModelTokenizer
+from paceline.gateway.trace import note_request
 from paceline.process.metrics import Metrics
+from paceline.process.spans import span
 from paceline.v1 import inference_pb2
 
 logger = logging.getLogger(__name__)
@@ -115,10 +117,12 @@ class Pipeline:
 
     async def _prepare(self, ctx: RequestContext, tenant: Tenant) -> None:
         """Check and tokenise for what is served, and look for stored KV."""
-        ctx.model = await self.model(ctx.request.model, tenant, ctx.remaining_s())
-        check_against_model(ctx.request, ctx.model)
-        check_speculation(ctx.request.speculation.mode, self._fleet.drafters(ctx.model.kv_root))
-        await self._tokenise(ctx)
+        with span("tokenise"):
+            ctx.model = await self.model(ctx.request.model, tenant, ctx.remaining_s())
+            check_against_model(ctx.request, ctx.model)
+            drafters = self._fleet.drafters(ctx.model.kv_root)
+            check_speculation(ctx.request.speculation.mode, drafters)
+            await self._tokenise(ctx)
         await self._lookup(ctx)
 
     async def model(self, name: str, tenant: Tenant, timeout_s: float) -> ModelCard:
@@ -174,3 +178,4 @@ def _log_end(ctx: RequestContext, outcome: str) -> None:
         "e2e_s": time.monotonic() - ctx.arrival_s,
     }
     logger.info("request-finished", extra={"fields": fields})
+    note_request(ctx, fields)

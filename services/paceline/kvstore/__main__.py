@@ -51,6 +51,7 @@ async def _serve(
     settings: KvNodeSettings, node_id: str, file: ArenaFile, stop: asyncio.Event
 ) -> int:
     metrics = Metrics("kvstore")
+    tracer = settings.create_tracer("kvstore", node_id, metrics.trace_spans_dropped.inc)
     tasks = Tasks(stop)
     parts = _build(settings, node_id, file, metrics)
     server = create_server(
@@ -63,6 +64,7 @@ async def _serve(
         ],
         host=settings.host,
         port=settings.port,
+        tracer=tracer,
     )
     await server.start()
     exposed = serve_metrics(metrics, settings.host, settings.metrics_port)
@@ -93,6 +95,7 @@ async def _serve(
     await tasks.close()
     await parts.close()
     exposed.close()
+    tracer.close()
     return 1 if has_crashed else 0
 
 

@@ -29,6 +29,7 @@ from paceline.kvstore.values import (
     Slot,
     WrittenBlock,
 )
+from paceline.process.logs import note_fields
 
 logger = logging.getLogger(__name__)
 
@@ -190,6 +191,7 @@ class KvNode:
         num_pulled = len(pinned) - num_local
         fields = {"asked": len(wanted), "found": len(pinned), "pulled": num_pulled}
         logger.info("blocks-acquired", extra={"fields": fields})
+        note_fields(fields)
         return self._keep_leading(session_id, keys, tail_key, pinned)
 
     def _pin(

@@ -21,6 +21,7 @@ from paceline.kvstore.counters import NodeCounters
 from paceline.kvstore.store import BlockStore
 from paceline.kvstore.transport import Transports
 from paceline.kvstore.values import FetchedBlock, KvLayoutInfo, WrittenBlock
+from paceline.process.spans import Attributes, current_span, span
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +115,22 @@ class Puller:
     async def _fetch(
         self, session_id: str, layout: KvLayoutInfo, keys: list[bytes], source: str
     ) -> None:
+        about: Attributes = {
+            "paceline.source": source,
+            "paceline.transport": source.partition(":")[0],
+            "paceline.blocks": len(keys),
+        }
+        with span("kv.transfer", about) as copying:
+            await self._copy(session_id, layout, keys, source)
+            if copying.is_recording:
+                held = self._store.shelves.contains
+                num_held = sum(held(layout.kv_root, key) for key in keys)
+                num_bytes = num_held * layout.block_bytes
+                copying.set({"paceline.found_blocks": num_held, "paceline.bytes": num_bytes})
+
+    async def _copy(
+        self, session_id: str, layout: KvLayoutInfo, keys: list[bytes], source: str
+    ) -> None:
         begun_s = _now_s()
         try:
             self._store.open_session(session_id, layout.shape, _now_s())
@@ -127,6 +144,7 @@ class Puller:
             self._counters.failed_pulls += 1
             fields = {"source": source, "error": str(error) or "timeout"}
             logger.info("pull-failed", extra={"fields": fields})
+            current_span().fail(getattr(error, "reason", "timeout"))
         finally:
             if self._on_fetch is not None:
                 self._on_fetch(_now_s() - begun_s)

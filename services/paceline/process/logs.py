@@ -1,4 +1,4 @@
-"""Structured logs: one JSON line per event on stderr, with the request id of the context."""
+"""Structured logs: one JSON line per event on stderr, with request and trace id of the context."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 from paceline.domain.errors import PacelineError
+from paceline.process.spans import current_span
 
 request_id_var: ContextVar[str] = ContextVar("request_id", default="")
 """Id of the request that the current task works for; set by the servers' interceptor."""
@@ -37,6 +38,9 @@ class JsonFormatter(logging.Formatter):
         request_id = request_id_var.get()
         if request_id:
             line["request_id"] = request_id
+        trace_id = current_span().context.trace_id
+        if trace_id:
+            line["trace_id"] = trace_id
         line.update(getattr(record, "fields", {}))
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
@@ -60,6 +64,7 @@ def setup_logging(service: str, level: str = "INFO") -> None:
 def logged_call(logger: logging.Logger, event: str) -> Iterator[dict[str, object]]:
     """Log one INFO line when the block ends: its fields, its duration and how it ended.
 
+    The current span gets the fields as attributes.
     The outcome is "ok", "cancelled", or the reason of the error that left the block.
     """
     fields: dict[str, object] = {}
@@ -76,3 +81,12 @@ def logged_call(logger: logging.Logger, event: str) -> Iterator[dict[str, object
         duration_s = round(time.perf_counter() - started_s, 6)
         fields |= {"duration_s": duration_s, "outcome": outcome}
         logger.info(event, extra={"fields": fields})
+        note_fields(fields)
+
+
+def note_fields(fields: Mapping[str, object]) -> None:
+    """Make the fields of a log line attributes of the current span; those without value not."""
+    span = current_span()
+    if span.is_recording:
+        kinds = (str, bool, int, float, list)
+        span.set({f"paceline.{k}": v for k, v in fields.items() if isinstance(v, kinds)})

@@ -12,7 +12,7 @@ import os
 import sys
 import tomllib
 from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -26,6 +26,7 @@ from pydantic_settings import (
 )
 
 from paceline import __version__
+from paceline.process.spans import Tracer, check_endpoint, create_tracer
 
 ENV_PREFIX = "PACELINE_"
 
@@ -62,11 +63,21 @@ class ServiceSettings(BaseSettings):
     """Port of /metrics; 0 takes any free one."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Least severe level that is logged."""
+    otlp_endpoint: str = ""
+    """URL of an OTLP collector (gRPC, usually port 4317) that traces go to; empty sends none."""
+    trace_sample_ratio: float = Field(default=1.0, ge=0, le=1)
+    """Share of the requests that are traced; callers that trace decide for theirs themselves."""
 
     @field_validator("log_level", mode="before")
     @classmethod
     def _upper(cls, value: object) -> object:
         return value.upper() if isinstance(value, str) else value
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _reachable(cls, value: str) -> str:
+        check_endpoint(value)
+        return value
 
     @classmethod
     def load(cls, argv: list[str] | None = None) -> Self:
@@ -105,6 +116,22 @@ class ServiceSettings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Put the file (passed as initial values) below the environment; flags come first."""
         return env_settings, init_settings
+
+    def create_tracer(
+        self, service: str, instance: str, on_dropped: Callable[[int], None]
+    ) -> Tracer:
+        """Return what records this process's spans, if the settings say so.
+
+        `service` is what the process does, `instance` which one it is; `on_dropped` hears, from
+        any thread, how many spans were given up.
+        """
+        resource = {
+            "service.name": f"paceline-{service}",
+            "service.namespace": self.fleet,
+            "service.instance.id": instance,
+            "service.version": __version__,
+        }
+        return create_tracer(self.otlp_endpoint, self.trace_sample_ratio, resource, on_dropped)
 
     def describe(self) -> dict[str, Any]:
         """Return the settings for the log, without credentials in URLs."""

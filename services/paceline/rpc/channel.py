@@ -16,7 +16,9 @@ from paceline.domain.errors import (
     UnavailableError,
 )
 from paceline.process.logs import request_id_var
+from paceline.process.spans import Span, current_span
 from paceline.rpc.interceptors import CODES, REQUEST_ID_KEY, sane_request_id
+from paceline.rpc.trace_metadata import trace_metadata
 
 _KINDS = {code: kind for kind, code in CODES}
 
@@ -39,10 +41,14 @@ def open_channel(address: str) -> grpc.aio.Channel:
     )
 
 
-def request_metadata() -> tuple[tuple[str, str], ...]:
-    """Return the metadata that carries the current request's id to the next hop."""
+def request_metadata(span: Span | None = None) -> tuple[tuple[str, str], ...]:
+    """Return the metadata that carries the request's id and trace to the next hop.
+
+    What happens there is part of `span`, by default of the current one.
+    """
     request_id = sane_request_id(request_id_var.get())
-    return ((REQUEST_ID_KEY, request_id),) if request_id else ()
+    entries = ((REQUEST_ID_KEY, request_id),) if request_id else ()
+    return (*entries, *trace_metadata((span or current_span()).context))
 
 
 def map_rpc_error(error: grpc.aio.AioRpcError) -> PacelineError:

@@ -1,4 +1,4 @@
-"""What happens around every call on our servers: request id, decoding, errors, metrics.
+"""What happens around every call on our servers: request id, trace, decoding, errors, metrics.
 
 A streaming call ends when its client stops reading, so that nothing is held for nobody. Holds
 the one table from our errors to gRPC codes. Unknown errors reach the client as a fixed text
@@ -42,6 +42,8 @@ from paceline.domain.errors import (
 )
 from paceline.process.logs import request_id_var
 from paceline.process.metrics import Metrics
+from paceline.process.spans import NO_SPAN, NO_TRACER, Span, Tracer, span_var
+from paceline.rpc.trace_metadata import trace_context, trace_trailers
 
 logger = logging.getLogger(__name__)
 
@@ -138,11 +140,24 @@ class CallGate:
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Wraps all handlers but those of reflection, whose streams would hold a drain."""
 
-    def __init__(self, metrics: Metrics, *, write_timeout_s: float = WRITE_TIMEOUT_S) -> None:
-        """Count on `metrics`; end streams whose client reads nothing for `write_timeout_s`."""
+    def __init__(
+        self,
+        metrics: Metrics,
+        *,
+        write_timeout_s: float = WRITE_TIMEOUT_S,
+        tracer: Tracer = NO_TRACER,
+        is_door: bool = False,
+    ) -> None:
+        """Count on `metrics`; end streams whose client reads nothing for `write_timeout_s`.
+
+        Calls that bring a trace are part of it; at a door all others begin one, and clients are
+        told its id.
+        """
         self.gate = CallGate()
         self._metrics = metrics
         self._write_timeout_s = write_timeout_s
+        self._tracer = tracer
+        self._is_door = is_door
 
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
         """Return the handler with our behaviour around it."""
@@ -156,12 +171,26 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             _request_id(handler_call_details.invocation_metadata),
             handler.request_deserializer,
             self._write_timeout_s,
+            self._begin_span,
         )
         # No deserializer here: messages are decoded inside, where a bad one can be answered.
         wrap, method = _WRAPPERS[handler.request_streaming, handler.response_streaming]
         accept = call.accept_all if handler.request_streaming else call.accept
         around = call.around_stream if handler.response_streaming else call.around_unary
         return wrap(around(getattr(handler, method), accept), None, handler.response_serializer)
+
+    def _begin_span(self, method: str, context: Any) -> Span:
+        """Begin the span of a call, and have the client told of its trace."""
+        parent = trace_context(context.invocation_metadata())
+        begins_trace = self._is_door and not method.startswith(_HEALTH_PREFIX)
+        if parent is None and not begins_trace:
+            return NO_SPAN
+        attributes = {"rpc.system.name": "grpc", "rpc.method": method[1:]}
+        span = self._tracer.begin(method[1:], parent, attributes, kind="server")
+        if begins_trace:
+            has_parent = parent is not None
+            context.set_trailing_metadata(trace_trailers(span.context, has_parent=has_parent))
+        return span
 
 
 _WRAPPERS: dict[tuple[bool, bool], tuple[Callable[..., Any], str]] = {
@@ -188,6 +217,7 @@ class _Call:
         request_id: str,
         decode: Callable[[bytes], Any],
         write_timeout_s: float,
+        begin_span: Callable[[str, Any], Span],
     ) -> None:
         self._metrics = metrics
         self._gate = gate
@@ -195,6 +225,8 @@ class _Call:
         self._request_id = request_id
         self._decode = decode
         self._write_timeout_s = write_timeout_s
+        self._begin_span = begin_span
+        self._span = NO_SPAN
         self._started_s = time.perf_counter()
 
     def around_unary(self, method: Any, accept: Callable[[Any], Any]) -> Any:
@@ -245,8 +277,10 @@ class _Call:
 
     @asynccontextmanager
     async def _guard(self, context: Any) -> AsyncIterator[None]:
-        """Set the request id, map errors, count how the call ended."""
+        """Set the request id and the span, map errors, count how the call ended."""
         request_id_var.set(self._request_id)
+        self._span = self._begin_span(self._method, context)
+        span_var.set(self._span)
         try:
             with self._gate.entered():
                 yield
@@ -289,13 +323,19 @@ class _Call:
         status = status_of(error)
         self._count(code_pb2.Code.Name(status.code), error.reason)
         wire: Any = rpc_status.to_status(status)
-        await _end(context, wire.code, wire.details, wire.trailing_metadata)
+        trailing = (*(context.trailing_metadata() or ()), *wire.trailing_metadata)
+        await _end(context, wire.code, wire.details, trailing)
 
     def _count(self, code: str, reason: str) -> None:
+        """Count how the call ended, and end its span."""
         self._metrics.rpc_requests.labels(self._method, code, reason).inc()
         self._metrics.rpc_seconds.labels(self._method).observe(
             time.perf_counter() - self._started_s
         )
+        self._span.set({"rpc.response.status_code": code})
+        if code not in ("OK", "CANCELLED"):
+            self._span.fail(reason or code.lower())
+        self._span.end()
 
 
 async def _end(context: Any, code: grpc.StatusCode, details: str, trailing: Any = ()) -> None:

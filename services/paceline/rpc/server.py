@@ -13,6 +13,7 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from paceline.process.metrics import Metrics
+from paceline.process.spans import NO_TRACER, Tracer
 from paceline.rpc import health
 from paceline.rpc.interceptors import WRITE_TIMEOUT_S, CallGate, CallInterceptor
 
@@ -75,17 +76,22 @@ def create_server(
     port: int,
     max_message_bytes: int = MAX_MESSAGE_BYTES,
     write_timeout_s: float = WRITE_TIMEOUT_S,
+    tracer: Tracer = NO_TRACER,
+    is_door: bool = False,
 ) -> GrpcServer:
     """Create a server bound to host:port; port 0 takes any free one.
 
-    A streaming call whose client reads nothing for `write_timeout_s` is ended.
+    A streaming call whose client reads nothing for `write_timeout_s` is ended. At a door every
+    call is traced by `tracer`; elsewhere those are that belong to a trace.
 
     Raises:
         OSError: the address cannot be bound; the message says why.
     """
     _check_port(host, port)
     _count_from_zero(metrics, service_names)
-    interceptor = CallInterceptor(metrics, write_timeout_s=write_timeout_s)
+    interceptor = CallInterceptor(
+        metrics, write_timeout_s=write_timeout_s, tracer=tracer, is_door=is_door
+    )
     server = grpc.aio.server(
         interceptors=[interceptor],
         options=[

@@ -55,18 +55,20 @@ class EngineEvent(_message.Message):
     def __init__(self, ready: _Optional[_Union[EngineReady, _Mapping]] = ..., step: _Optional[_Union[StepOutput, _Mapping]] = ..., kv_lookup: _Optional[_Union[KvLookup, _Mapping]] = ..., kv_loaded: _Optional[_Union[KvLoaded, _Mapping]] = ..., kv_saved: _Optional[_Union[KvSaved, _Mapping]] = ..., failed: _Optional[_Union[RequestFailed, _Mapping]] = ..., integrity: _Optional[_Union[IntegrityReport, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., learnings: _Optional[_Union[Learnings, _Mapping]] = ..., drafts: _Optional[_Union[_drafts_pb2.DraftState, _Mapping]] = ...) -> None: ...
 
 class SubmitRequest(_message.Message):
-    __slots__ = ("spec", "is_prefill_only", "resumed", "finished_indices", "fleet_request_id")
+    __slots__ = ("spec", "is_prefill_only", "resumed", "finished_indices", "fleet_request_id", "is_traced")
     SPEC_FIELD_NUMBER: _ClassVar[int]
     IS_PREFILL_ONLY_FIELD_NUMBER: _ClassVar[int]
     RESUMED_FIELD_NUMBER: _ClassVar[int]
     FINISHED_INDICES_FIELD_NUMBER: _ClassVar[int]
     FLEET_REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    IS_TRACED_FIELD_NUMBER: _ClassVar[int]
     spec: _worker_pb2.GenerationSpec
     is_prefill_only: bool
     resumed: _containers.RepeatedCompositeFieldContainer[_worker_pb2.ResumedOutput]
     finished_indices: _containers.RepeatedScalarFieldContainer[int]
     fleet_request_id: str
-    def __init__(self, spec: _Optional[_Union[_worker_pb2.GenerationSpec, _Mapping]] = ..., is_prefill_only: _Optional[bool] = ..., resumed: _Optional[_Iterable[_Union[_worker_pb2.ResumedOutput, _Mapping]]] = ..., finished_indices: _Optional[_Iterable[int]] = ..., fleet_request_id: _Optional[str] = ...) -> None: ...
+    is_traced: bool
+    def __init__(self, spec: _Optional[_Union[_worker_pb2.GenerationSpec, _Mapping]] = ..., is_prefill_only: _Optional[bool] = ..., resumed: _Optional[_Iterable[_Union[_worker_pb2.ResumedOutput, _Mapping]]] = ..., finished_indices: _Optional[_Iterable[int]] = ..., fleet_request_id: _Optional[str] = ..., is_traced: _Optional[bool] = ...) -> None: ...
 
 class CancelRequest(_message.Message):
     __slots__ = ("request_id", "index")
@@ -97,16 +99,20 @@ class KvLoad(_message.Message):
     def __init__(self, lookup_id: _Optional[int] = ..., blocks: _Optional[_Iterable[_Union[_kvstore_pb2.AcquiredBlock, _Mapping]]] = ...) -> None: ...
 
 class KvLoaded(_message.Message):
-    __slots__ = ("lookup_id", "corrupt_keys", "num_blocks", "num_bytes")
+    __slots__ = ("lookup_id", "corrupt_keys", "num_blocks", "num_bytes", "started_s", "ended_s")
     LOOKUP_ID_FIELD_NUMBER: _ClassVar[int]
     CORRUPT_KEYS_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STARTED_S_FIELD_NUMBER: _ClassVar[int]
+    ENDED_S_FIELD_NUMBER: _ClassVar[int]
     lookup_id: int
     corrupt_keys: _containers.RepeatedScalarFieldContainer[bytes]
     num_blocks: int
     num_bytes: int
-    def __init__(self, lookup_id: _Optional[int] = ..., corrupt_keys: _Optional[_Iterable[bytes]] = ..., num_blocks: _Optional[int] = ..., num_bytes: _Optional[int] = ...) -> None: ...
+    started_s: float
+    ended_s: float
+    def __init__(self, lookup_id: _Optional[int] = ..., corrupt_keys: _Optional[_Iterable[bytes]] = ..., num_blocks: _Optional[int] = ..., num_bytes: _Optional[int] = ..., started_s: _Optional[float] = ..., ended_s: _Optional[float] = ...) -> None: ...
 
 class KvGrant(_message.Message):
     __slots__ = ("slots",)
@@ -115,12 +121,14 @@ class KvGrant(_message.Message):
     def __init__(self, slots: _Optional[_Iterable[_Union[_kvstore_pb2.KvSlot, _Mapping]]] = ...) -> None: ...
 
 class KvSaved(_message.Message):
-    __slots__ = ("request_id", "blocks")
+    __slots__ = ("request_id", "blocks", "started_s")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    STARTED_S_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     blocks: _containers.RepeatedCompositeFieldContainer[_kvstore_pb2.CommittedBlock]
-    def __init__(self, request_id: _Optional[str] = ..., blocks: _Optional[_Iterable[_Union[_kvstore_pb2.CommittedBlock, _Mapping]]] = ...) -> None: ...
+    started_s: float
+    def __init__(self, request_id: _Optional[str] = ..., blocks: _Optional[_Iterable[_Union[_kvstore_pb2.CommittedBlock, _Mapping]]] = ..., started_s: _Optional[float] = ...) -> None: ...
 
 class ArenaChange(_message.Message):
     __slots__ = ("path", "num_bytes")
@@ -197,28 +205,44 @@ class Curve(_message.Message):
     def __init__(self, counts: _Optional[_Iterable[int]] = ..., seconds: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class RequestOutput(_message.Message):
-    __slots__ = ("request_id", "chunks", "local_hit_tokens", "store_hit_tokens", "computed_tokens", "is_finished")
+    __slots__ = ("request_id", "chunks", "local_hit_tokens", "store_hit_tokens", "computed_tokens", "is_finished", "rounds")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     CHUNKS_FIELD_NUMBER: _ClassVar[int]
     LOCAL_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     STORE_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     IS_FINISHED_FIELD_NUMBER: _ClassVar[int]
+    ROUNDS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     chunks: _containers.RepeatedCompositeFieldContainer[_worker_pb2.TokenChunk]
     local_hit_tokens: int
     store_hit_tokens: int
     computed_tokens: int
     is_finished: bool
-    def __init__(self, request_id: _Optional[str] = ..., chunks: _Optional[_Iterable[_Union[_worker_pb2.TokenChunk, _Mapping]]] = ..., local_hit_tokens: _Optional[int] = ..., store_hit_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., is_finished: _Optional[bool] = ...) -> None: ...
+    rounds: _containers.RepeatedCompositeFieldContainer[DraftRound]
+    def __init__(self, request_id: _Optional[str] = ..., chunks: _Optional[_Iterable[_Union[_worker_pb2.TokenChunk, _Mapping]]] = ..., local_hit_tokens: _Optional[int] = ..., store_hit_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., is_finished: _Optional[bool] = ..., rounds: _Optional[_Iterable[_Union[DraftRound, _Mapping]]] = ...) -> None: ...
+
+class DraftRound(_message.Message):
+    __slots__ = ("drafter", "num_drafted", "num_accepted")
+    DRAFTER_FIELD_NUMBER: _ClassVar[int]
+    NUM_DRAFTED_FIELD_NUMBER: _ClassVar[int]
+    NUM_ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    drafter: str
+    num_drafted: int
+    num_accepted: int
+    def __init__(self, drafter: _Optional[str] = ..., num_drafted: _Optional[int] = ..., num_accepted: _Optional[int] = ...) -> None: ...
 
 class StepOutput(_message.Message):
-    __slots__ = ("outputs", "load")
+    __slots__ = ("outputs", "load", "started_s", "ended_s")
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
+    STARTED_S_FIELD_NUMBER: _ClassVar[int]
+    ENDED_S_FIELD_NUMBER: _ClassVar[int]
     outputs: _containers.RepeatedCompositeFieldContainer[RequestOutput]
     load: EngineLoad
-    def __init__(self, outputs: _Optional[_Iterable[_Union[RequestOutput, _Mapping]]] = ..., load: _Optional[_Union[EngineLoad, _Mapping]] = ...) -> None: ...
+    started_s: float
+    ended_s: float
+    def __init__(self, outputs: _Optional[_Iterable[_Union[RequestOutput, _Mapping]]] = ..., load: _Optional[_Union[EngineLoad, _Mapping]] = ..., started_s: _Optional[float] = ..., ended_s: _Optional[float] = ...) -> None: ...
 
 class EngineLoad(_message.Message):
     __slots__ = ("num_waiting", "num_running", "num_pending_prefill_tokens", "num_free_blocks", "num_total_blocks", "last_step_s", "num_preemptions", "num_steps", "num_context_tokens", "num_evictions", "speculation", "num_cached_blocks")

@@ -27,6 +27,7 @@ from paceline.process.logs import setup_logging
 from paceline.process.membership import Heartbeat, Membership
 from paceline.process.metrics import Metrics, serve_metrics
 from paceline.process.sample_stream import SampleStream
+from paceline.process.spans import Tracer
 from paceline.rpc.codec import step_cost_from_proto
 from paceline.rpc.server import GrpcServer, create_server
 from paceline.v1 import engine_pb2, worker_pb2_grpc
@@ -87,7 +88,10 @@ async def serve(settings: WorkerSettings) -> int:
         bridge.on_learnings = learn
         tasks.spawn(trainer_link.run(membership, tasks), "trainer-link", is_vital=True)
         tasks.spawn(publisher.run(), "samples")
-        server = _server(settings, bridge, metrics)
+        on_dropped = metrics.trace_spans_dropped.inc
+        tracer = settings.create_tracer(settings.role, worker_id(settings), on_dropped)
+        stack.callback(tracer.close)
+        server = _server(settings, bridge, metrics, tracer)
         exposed = serve_metrics(metrics, settings.host, settings.metrics_port)
         stack.callback(exposed.close)
         await server.start()
@@ -246,7 +250,9 @@ def _stall_s(settings: WorkerSettings, ready: engine_pb2.EngineReady) -> float:
     return max(settings.engine_stall_s, _STALL_STEPS * step_s)
 
 
-def _server(settings: WorkerSettings, bridge: EngineBridge, metrics: Metrics) -> GrpcServer:
+def _server(
+    settings: WorkerSettings, bridge: EngineBridge, metrics: Metrics, tracer: Tracer
+) -> GrpcServer:
     def add(server: grpc.aio.Server) -> None:
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerServicer(bridge), server)
         if settings.role == Role.PREFILL.value:
@@ -255,7 +261,9 @@ def _server(settings: WorkerSettings, bridge: EngineBridge, metrics: Metrics) ->
             worker_pb2_grpc.add_DecodeServiceServicer_to_server(DecodeServicer(bridge), server)
 
     names = ["paceline.v1.WorkerService", _SERVICES[Role(settings.role)]]
-    return create_server(metrics, names, [add], host=settings.host, port=settings.port)
+    return create_server(
+        metrics, names, [add], host=settings.host, port=settings.port, tracer=tracer
+    )
 
 
 def _layout(ready: engine_pb2.EngineReady) -> KvLayoutInfo:

@@ -31,9 +31,11 @@ from paceline.domain.progress import RequestUpdate
 from paceline.domain.request import GenerationSpec
 from paceline.process.logs import request_id_var
 from paceline.process.metrics import Metrics
+from paceline.process.spans import Span, current_span
 from paceline.rpc import codec, draft_codec
 from paceline.rpc.frames import FrameReader, encode
 from paceline.v1 import engine_pb2
+from paceline.worker.request_trace import RequestTrace
 from paceline.worker.speculation import SpeculationMetrics, report_from_proto
 from paceline.worker.streams import RequestStream
 
@@ -289,7 +291,10 @@ class EngineBridge:
             reports_published=submit.is_prefill_only,
             log_id=request_id_var.get() or request_id,
             kv_sources=tuple(kv_sources),
+            span=current_span(),
+            trace=self._begin_trace(current_span(), is_resumed=bool(submit.resumed)),
         )
+        submit.is_traced = stream.trace is not None
         self.send(engine_pb2.EngineCommand(submit=submit))
         self._streams[engine_id] = stream
         self._engine_ids[request_id] = engine_id
@@ -300,6 +305,12 @@ class EngineBridge:
                 yield update
         finally:
             self._forget(request_id, engine_id)
+
+    def _begin_trace(self, span: Span, *, is_resumed: bool) -> RequestTrace | None:
+        if not span.is_recording or self._ready is None:
+            return None
+        block_bytes, now_s = self._ready.layout.block_bytes, time.monotonic()
+        return RequestTrace(span, block_bytes=block_bytes, is_resumed=is_resumed, now_s=now_s)
 
     def _check(self, submit: engine_pb2.SubmitRequest) -> None:
         """Refuse what this worker has no room for, and tokens that would break its engine."""
@@ -314,7 +325,9 @@ class EngineBridge:
             )
 
     def _forget(self, request_id: str, engine_id: str) -> None:
-        del self._streams[engine_id]
+        stream = self._streams.pop(engine_id)
+        if stream.trace is not None:
+            stream.trace.close()
         if engine_id in self._unheard:
             del self._unheard[engine_id]
             self.on_load()
@@ -356,6 +369,8 @@ class EngineBridge:
             stream = self._streams.get(output.request_id)
             if stream is None:
                 continue
+            if stream.trace is not None:
+                stream.trace.note_step(output, step.started_s, step.ended_s)
             stream.add_hits(output.local_hit_tokens, output.store_hit_tokens)
             for chunk in output.chunks:
                 stream.add_chunk(codec.chunk_from_proto(chunk))

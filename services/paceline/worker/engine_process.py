@@ -102,9 +102,10 @@ class EngineLoop:
             for command in self._sock.recv_ready(engine_pb2.EngineCommand):
                 self._apply(command)
             steps = self._engine.load().num_steps
+            started_s = time.monotonic()
             events = self._engine.step()
             progressed = bool(events) or self._engine.load().num_steps != steps
-            self._send(events)
+            self._send(events, started_s)
 
     def _pause_s(self, progressed: bool) -> float | None:
         if self._engine.has_work:
@@ -154,14 +155,15 @@ class EngineLoop:
                 resumed=codec.resumed_from_proto(message.resumed),
                 finished_indices=frozenset(message.finished_indices),
                 fleet_id=message.fleet_request_id,
+                is_traced=message.is_traced,
             )
         except PacelineError as error:
             failed = FailedEvent(message.spec.request_id, error.reason, error.message)
-            self._send([failed])
+            self._send([failed], time.monotonic())
 
-    def _send(self, events: list[EngineEvent]) -> None:
+    def _send(self, events: list[EngineEvent], started_s: float) -> None:
         """Send KV news in order, then the step's outputs in one frame with the load if changed."""
-        step = engine_pb2.StepOutput()
+        step = engine_pb2.StepOutput(started_s=started_s, ended_s=time.monotonic())
         for event in events:
             match event:
                 case OutputEvent():
@@ -180,12 +182,15 @@ class EngineLoop:
                         corrupt_keys=event.corrupt_keys,
                         num_blocks=event.num_blocks,
                         num_bytes=event.num_bytes,
+                        started_s=event.started_s,
+                        ended_s=event.ended_s,
                     )
                     self._sock.send(engine_pb2.EngineEvent(kv_loaded=loaded))
                 case SavedEvent():
                     saved = engine_pb2.KvSaved(
                         request_id=event.request_id,
                         blocks=[_block_to_proto(b) for b in event.blocks],
+                        started_s=event.started_s,
                     )
                     self._sock.send(engine_pb2.EngineEvent(kv_saved=saved))
                 case FailedEvent():
@@ -263,6 +268,14 @@ def _output(event: OutputEvent) -> engine_pb2.RequestOutput:
         store_hit_tokens=event.store_hit_tokens,
         computed_tokens=event.computed_tokens,
         is_finished=event.is_finished,
+        rounds=[
+            engine_pb2.DraftRound(
+                drafter=draft.drafter,
+                num_drafted=draft.num_drafted,
+                num_accepted=draft.num_accepted,
+            )
+            for draft in event.rounds
+        ],
     )
 
 

@@ -19,8 +19,10 @@ from paceline.kvstore.values import ArenaInfo, KvLayoutInfo, PinnedBlock, Slot, 
 from paceline.process.lifecycle import Tasks
 from paceline.process.logs import request_id_var
 from paceline.process.metrics import Metrics
+from paceline.process.spans import Attributes, span, span_var
 from paceline.v1 import engine_pb2, kvstore_pb2
 from paceline.worker.bridge import EngineBridge
+from paceline.worker.request_trace import RequestTrace
 from paceline.worker.streams import RequestStream
 
 logger = logging.getLogger(__name__)
@@ -66,6 +68,8 @@ class KvLink:
         self._saved: asyncio.Queue[_Saved] = asyncio.Queue()
         self._needs_credits = asyncio.Event()
         self._pins: dict[int, list[bytes]] = {}
+        self._looking: dict[int, RequestTrace] = {}
+        """Traces of requests whose lookups hold pins."""
         self._last_error = ""
 
     @property
@@ -111,6 +115,7 @@ class KvLink:
         self._arena = arena
         self._granted.clear()
         self._pins.clear()
+        self._looking.clear()
         self._metrics.kv_link_up.set(arena is not None)
         change = engine_pb2.ArenaChange()
         task = asyncio.current_task()
@@ -187,14 +192,24 @@ class KvLink:
         if client is not None and stream is not None:
             request_id_var.set(stream.log_id)
             sources = stream.kv_sources[:_MAX_SOURCES]
+            about: Attributes = {
+                "paceline.blocks": len(lookup.keys) + bool(lookup.tail_key),
+                "paceline.sources": list(sources),
+            }
+            span_var.set(stream.span)
             begun_s = time.monotonic()
-            pinned = await client.acquire(list(lookup.keys), sources, lookup.tail_key)
+            with span("kv.lookup", about, kind="client") as looking:
+                pinned = await client.acquire(list(lookup.keys), sources, lookup.tail_key)
+                num_bytes = len(pinned) * self._layout.block_bytes
+                looking.set({"paceline.found_blocks": len(pinned), "paceline.bytes": num_bytes})
             if pinned:
                 self._note_transfer("load", begun_s)
         if arena is not self._arena:
             pinned = []
         if pinned:
             self._pins[lookup.lookup_id] = [block.key for block in pinned]
+            if stream is not None and stream.trace is not None:
+                self._looking[lookup.lookup_id] = stream.trace
         load = engine_pb2.KvLoad(
             lookup_id=lookup.lookup_id, blocks=[_pinned_to_proto(b) for b in pinned]
         )
@@ -205,6 +220,9 @@ class KvLink:
 
     async def _release(self, loaded: engine_pb2.KvLoaded) -> None:
         keys = self._pins.pop(loaded.lookup_id, [])
+        trace = self._looking.pop(loaded.lookup_id, None)
+        if trace is not None:
+            trace.note_loaded(loaded)
         self._metrics.kv_loaded_blocks.inc(loaded.num_blocks)
         self._metrics.kv_loaded_bytes.inc(loaded.num_bytes)
         if loaded.corrupt_keys:
@@ -247,9 +265,11 @@ class KvLink:
             stream = self._bridge.stream_of(item.request_id)
             if stream is None:
                 continue
-            for block in item.blocks:
-                if block.key in readable:
-                    stream.add_published(block.key, block.num_tokens)
+            found = [block for block in item.blocks if block.key in readable]
+            for block in found:
+                stream.add_published(block.key, block.num_tokens)
+            if stream.trace is not None:
+                stream.trace.note_published(len(found), item.started_s, time.monotonic())
 
     def _note_transfer(self, direction: str, begun_s: float) -> None:
         self._metrics.kv_transfer_seconds.labels(direction).observe(time.monotonic() - begun_s)

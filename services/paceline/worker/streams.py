@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from paceline.domain.errors import PacelineError
 from paceline.domain.progress import RequestUpdate
 from paceline.domain.request import FinishReason, TokenChunk, TokenLogprobs
+from paceline.process.spans import NO_SPAN, Span
+from paceline.worker.request_trace import RequestTrace
 
 
 @dataclass(slots=True)
@@ -36,6 +38,8 @@ class RequestStream:
         reports_published: bool = False,
         log_id: str = "",
         kv_sources: tuple[str, ...] = (),
+        span: Span = NO_SPAN,
+        trace: RequestTrace | None = None,
     ) -> None:
         self.reports_published = reports_published
         """Whether the caller hears which blocks became readable; so for prefills."""
@@ -43,6 +47,10 @@ class RequestStream:
         """Request id under which every hop logs."""
         self.kv_sources = kv_sources
         """KV nodes that the caller knows to hold blocks of the prompt."""
+        self.span = span
+        """Span of the caller's call."""
+        self.trace = trace
+        """Hears what the engine does for the request, if that is recorded."""
         self._chunks: dict[int, _Merged] = {}
         self._published: set[bytes] = set()
         self._new_keys: list[bytes] = []

@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -29,6 +30,7 @@ from paceline.domain.errors import (
 from paceline.process.metrics import Metrics
 from paceline.rpc.server import create_server
 from paceline.v1 import inference_pb2, inference_pb2_grpc
+from tests.otlp_receiver import OtlpReceiver
 from tests.waiting import until
 
 STOP = inference_pb2.FINISH_REASON_STOP
@@ -72,13 +74,14 @@ class Service:
 
 
 @asynccontextmanager
-async def serving(service: Service) -> AsyncIterator[str]:
+async def serving(service: Service, *, is_door: bool = False) -> AsyncIterator[str]:
     server = create_server(
         Metrics("test"),
         ["paceline.v1.InferenceService"],
         [lambda target: ADD_SERVICER(service, target)],
         host="127.0.0.1",
         port=0,
+        is_door=is_door,
     )
     await server.start()
     server.set_ready(True)
@@ -279,3 +282,33 @@ def test_json_is_one_object_per_message_with_the_names_of_the_contract() -> None
     assert last["finish_reason"] == "FINISH_REASON_STOP"
     assert last["usage"]["completion_tokens"] == 1
     assert last["usage"]["cached_prompt_tokens"] == 0
+
+
+@pytest.mark.parametrize("error", [None, UnavailableError("nobody")])
+async def test_the_trace_id_is_printed_when_asked_for(error: PacelineError | None) -> None:
+    service = Service("ok", error=error)
+    async with serving(service, is_door=True) as address:
+        code, out, err = await run("hi", "--trace", "--endpoint", address)
+        _, _, quiet = await run("hi", "--endpoint", address)
+    assert (code == 0, out) == (error is None, "ok\n")
+    assert re.search(r"^trace [0-9a-f]{32}$", err, re.MULTILINE)
+    assert "trace" not in quiet
+    # Where nothing is recorded the gateway decides, not the client.
+    assert "traceparent" not in service.metadata
+
+
+async def test_a_trace_begins_at_the_client_if_it_has_a_collector() -> None:
+    service = Service("ok")
+    with OtlpReceiver() as receiver:
+        async with serving(service, is_door=True) as address:
+            env = {"PACELINE_OTLP_ENDPOINT": receiver.endpoint}
+            code, _, err = await run("hi", "--trace", "--endpoint", address, **env)
+            bad, _, complaint = await run(
+                "hi", "--trace", "--endpoint", address, PACELINE_OTLP_ENDPOINT="nowhere"
+            )
+        (root,) = receiver.spans
+    assert code == 0
+    assert err.strip() == f"trace {root.trace_id}"
+    assert service.metadata["traceparent"] == f"00-{root.trace_id}-{root.span_id}-01"
+    assert bad == 2
+    assert "PACELINE_OTLP_ENDPOINT" in complaint

@@ -16,6 +16,7 @@ from paceline.domain.errors import UnavailableError
 from paceline.process.lifecycle import Tasks
 from paceline.process.logs import JsonFormatter, logged_call, request_id_var
 from paceline.process.metrics import Metrics, serve_metrics
+from paceline.process.spans import NO_TRACER, span_var
 
 logger = logging.getLogger("paceline.test")
 
@@ -103,3 +104,16 @@ def test_metrics_tell_the_process_and_its_build() -> None:
     assert "paceline_redis_up 1.0" in text
     for name in ("process_open_fds", "process_resident_memory_bytes", "process_cpu_seconds_total"):
         assert f"\n{name} " in text
+
+
+def test_a_line_of_a_request_has_its_trace_id(lines: io.StringIO) -> None:
+    logger.info("outside")
+    assert "trace_id" not in _only(lines)
+    lines.truncate(lines.seek(0))
+    root = NO_TRACER.begin("call", None)
+    token = span_var.set(root)
+    try:
+        logger.info("inside")
+    finally:
+        span_var.reset(token)
+    assert _only(lines)["trace_id"] == root.context.trace_id

@@ -19,6 +19,7 @@ from grpc_status import rpc_status
 from paceline.domain import errors
 from paceline.process.logs import request_id_var
 from paceline.process.metrics import Metrics
+from paceline.process.spans import NO_CONTEXT, current_span
 from paceline.rpc.channel import map_rpc_error, open_channel, request_metadata
 from paceline.rpc.interceptors import CODES
 from paceline.rpc.server import GrpcServer, create_server
@@ -54,13 +55,14 @@ class Service:
         self.num_open = 0
         self.gate = asyncio.Event()
         self.seen_id = ""
+        self.seen_trace = NO_CONTEXT
 
     async def Decode(
         self, request: worker_pb2.DecodeRequest, context: Any
     ) -> AsyncIterator[worker_pb2.DecodeResponse]:
         self.num_open += 1
         try:
-            self.seen_id = request_id_var.get()
+            self.seen_id, self.seen_trace = request_id_var.get(), current_span().context
             yield worker_pb2.DecodeResponse(local_hit_tokens=1)
             if self.error is not None:
                 raise self.error
@@ -76,7 +78,7 @@ class Service:
     async def StopSequence(
         self, request: worker_pb2.StopSequenceRequest, context: Any
     ) -> worker_pb2.StopSequenceResponse:
-        self.seen_id = request_id_var.get()
+        self.seen_id, self.seen_trace = request_id_var.get(), current_span().context
         if self.error is not None:
             raise self.error
         return worker_pb2.StopSequenceResponse()
@@ -85,7 +87,7 @@ class Service:
 class Bench:
     """One server with one service, and a channel to it."""
 
-    def __init__(self) -> None:
+    def __init__(self, **options: Any) -> None:
         self.service = Service()
         self.metrics = Metrics("test")
 
@@ -99,6 +101,7 @@ class Bench:
             host="127.0.0.1",
             port=0,
             write_timeout_s=WRITE_TIMEOUT_S,
+            **options,
         )
         self.channel = open_channel(self.server.address)
         stub: Any = worker_pb2_grpc.DecodeServiceStub

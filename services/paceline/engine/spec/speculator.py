@@ -131,6 +131,11 @@ class Speculator:
         self._controller.renew(changed)
         self._tally.change(self._named)
 
+    def arm_of(self, sequence_id: int) -> str:
+        """Return who drafted in the last step; empty if nobody did."""
+        decision = self._decisions.get(sequence_id)
+        return "" if decision is None else decision.arm
+
     def drafted_by(self, sequence_id: int) -> str:
         """Return the version, or versions joined with "+", that drafted in the last step."""
         decision = self._decisions.get(sequence_id)

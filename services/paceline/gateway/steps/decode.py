@@ -23,6 +23,7 @@ from paceline.gateway.fleet import FleetView
 from paceline.gateway.steps.lookup import LookupStep
 from paceline.gateway.steps.route import RouteStep, kv_sources
 from paceline.process.metrics import Metrics
+from paceline.process.spans import Attributes, Span, current_span
 from paceline.rpc import codec
 from paceline.rpc.channel import request_metadata
 from paceline.v1 import worker_pb2, worker_pb2_grpc
@@ -63,17 +64,27 @@ class DecodeStep:
             ExhaustedError: `max_attempts` workers were full, and no token was sent.
             PacelineError: what a worker answered.
         """
+        attempts: list[Span] = []
         for attempt in range(1, self._max_attempts + 1):
             worker = ctx.decode_worker
             assert worker is not None
+            about: Attributes = {
+                "paceline.worker": worker.id,
+                "paceline.attempt": attempt,
+                "paceline.resumed_tokens": ctx.num_output_tokens,
+            }
+            call = current_span().child("decode", about, kind="client", links=attempts[-1:])
+            attempts.append(call)
             try:
-                async with aclosing(self._stream(ctx, worker)) as chunks:  # type: ignore[type-var]
+                stream = self._stream(ctx, worker, call)
+                async with aclosing(stream) as chunks:  # type: ignore[type-var]
                     async for chunk in chunks:
                         yield chunk
                 return
             except (UnavailableError, ExhaustedError) as error:
                 if ctx.is_finished:
                     return  # Only the end of the call was lost.
+                call.fail(error.reason)
                 self._note_break(ctx, worker, error)
                 if attempt == self._max_attempts:
                     if isinstance(error, ExhaustedError) and not ctx.num_output_tokens:
@@ -83,6 +94,11 @@ class DecodeStep:
                         f"{ctx.num_output_tokens} tokens",
                         reason="migration-limit",
                     ) from error
+            except PacelineError as error:
+                call.fail(error.reason)
+                raise
+            finally:
+                call.end()
             await self._find_worker(ctx)
 
     async def stop(self, ctx: RequestContext, index: int) -> None:
@@ -100,13 +116,15 @@ class DecodeStep:
                 # Its tokens are dropped here until the call ends.
                 logger.debug("stop-failed", extra={"fields": {"error": error.details()}})
 
-    async def _stream(self, ctx: RequestContext, worker: Member) -> AsyncIterator[TokenChunk]:
+    async def _stream(
+        self, ctx: RequestContext, worker: Member, call: Span
+    ) -> AsyncIterator[TokenChunk]:
         request, timeout_s = self._request(ctx), ctx.remaining_s()
         is_moved = ctx.num_output_tokens > 0
 
         def open_call(channel: grpc.aio.Channel) -> Any:
             stub: Any = worker_pb2_grpc.DecodeServiceStub(channel)
-            return stub.Decode(request, timeout=timeout_s, metadata=request_metadata())
+            return stub.Decode(request, timeout=timeout_s, metadata=request_metadata(call))
 
         def patience() -> float:
             return _GOODBYE_S if ctx.is_finished else math.inf
@@ -164,6 +182,9 @@ class DecodeStep:
             "tokens": ctx.num_output_tokens,
         }
         logger.warning("decode-broken", extra={"fields": fields})
+        current_span().event(
+            "decode-broken", {"paceline.worker": worker.id, "error.type": error.reason}
+        )
 
 
 def _num_uncomputed(ctx: RequestContext) -> int:

@@ -8,6 +8,7 @@ from paceline.domain.blocks import chain_keys, salt_key
 from paceline.domain.errors import UnavailableError
 from paceline.gateway.context import RequestContext
 from paceline.kvstore.index import BlockIndex
+from paceline.process.spans import span
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +30,12 @@ class LookupStep:
         if not keys:
             ctx.holders = {}
             return
-        try:
-            ctx.holders = await self._index.lookup(model.kv_root, keys)
-        except UnavailableError as error:
-            ctx.holders = {}
-            logger.debug("lookup-failed", extra={"fields": {"error": error.message}})
+        with span("lookup", {"paceline.blocks": len(keys)}) as looking:
+            try:
+                ctx.holders = await self._index.lookup(model.kv_root, keys)
+            except UnavailableError as error:
+                ctx.holders = {}
+                looking.fail(error.reason)
+                logger.debug("lookup-failed", extra={"fields": {"error": error.message}})
+            found = max(ctx.holders.values(), default=0)
+            looking.set({"paceline.holders": len(ctx.holders), "paceline.found_blocks": found})

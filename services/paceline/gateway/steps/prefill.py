@@ -21,8 +21,9 @@ from paceline.gateway.context import RequestContext
 from paceline.gateway.fleet import FleetView
 from paceline.gateway.steps.lookup import LookupStep
 from paceline.gateway.steps.route import RouteStep, kv_sources
+from paceline.process.spans import Attributes, current_span, span
 from paceline.rpc import codec
-from paceline.rpc.channel import request_metadata
+from paceline.rpc.channel import map_rpc_error, request_metadata
 from paceline.v1 import kvstore_pb2, kvstore_pb2_grpc, worker_pb2, worker_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -55,12 +56,14 @@ class PrefillStep:
             UnavailableError: no decode worker is left.
             DeadlineError: the request's deadline passed.
         """
-        for _ in range(self._max_attempts):
+        for attempt in range(1, self._max_attempts + 1):
             worker = ctx.prefill_worker
             if worker is None:
                 return
+            about: Attributes = {"paceline.worker": worker.id, "paceline.attempt": attempt}
             try:
-                await self._prefill(ctx, worker)
+                with span("prefill", about, kind="client"):
+                    await self._prefill(ctx, worker)
                 return
             except (UnavailableError, ExhaustedError, InternalError) as error:
                 fields = {"worker": worker.id, "reason": error.reason, "error": error.message}
@@ -96,6 +99,7 @@ class PrefillStep:
             raise UnavailableError("the prefill ended early", reason="prefill-incomplete")
         ctx.computed_by = worker.id
         ctx.note_cached(hits)
+        current_span().set({"paceline.cached_prompt_tokens": ctx.cached_tokens})
 
 
 def _patience_s(predicted_s: float, left_s: float) -> float:
@@ -151,10 +155,18 @@ class Mover:
             block_bytes=model.block_bytes,
         )
         request = kvstore_pb2.PullRequest(layout=layout, keys=keys, source=self._uri)
-        with self._fleet.channel(address) as channel:
+        about: Attributes = {"paceline.source": self._uri, "paceline.blocks": len(keys)}
+        with (
+            span("kv.pull", about, kind="client") as pulling,
+            self._fleet.channel(address) as channel,
+        ):
             stub: Any = kvstore_pb2_grpc.KvNodeServiceStub(channel)
             try:
-                await stub.Pull(request, timeout=PULL_TIMEOUT_S, metadata=request_metadata())
+                pulled = await stub.Pull(
+                    request, timeout=PULL_TIMEOUT_S, metadata=request_metadata()
+                )
+                pulling.set({"paceline.found_blocks": pulled.num_readable})
             except grpc.aio.AioRpcError as error:
+                pulling.fail(map_rpc_error(error).reason)
                 fields = {"node": address, "error": error.details()}
                 logger.debug("kv-pull-failed", extra={"fields": fields})

@@ -13,6 +13,7 @@ from paceline.gateway.detokenizer import Detokenizer
 from paceline.gateway.stop_strings import StopStrings
 from paceline.gateway.tokenizer import ModelTokenizer
 from paceline.process.metrics import Metrics
+from paceline.process.spans import current_span
 from paceline.rpc import codec
 from paceline.v1 import inference_pb2
 
@@ -54,6 +55,7 @@ class Responder:
         now = time.monotonic()
         if output.first_token_s is None:
             output.first_token_s = now - self._ctx.arrival_s
+            current_span().event("first-token", {"paceline.index": output.index}, at_s=now)
             self._metrics.ttft_seconds.observe(output.first_token_s)
         else:
             self._metrics.itl_seconds.observe(now - self._last_piece_s[output.index])

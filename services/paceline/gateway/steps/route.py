@@ -9,9 +9,10 @@ from paceline.domain.member import Member, Role
 from paceline.gateway.context import RequestContext
 from paceline.gateway.fleet import FleetView
 from paceline.gateway.parking import Parking
-from paceline.gateway.routing.base import FleetLoad, RoutingPolicy, RoutingRequest
+from paceline.gateway.routing.base import Decision, FleetLoad, RoutingPolicy, RoutingRequest
 from paceline.gateway.settings import GatewaySettings
 from paceline.process.metrics import Metrics
+from paceline.process.spans import span
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +45,36 @@ class RouteStep:
             ExhaustedError: too many requests wait for one.
             DeadlineError: the deadline passed while waiting for one.
         """
+        with span("route") as routing:
+            decision = await self._decide(ctx, is_resumed)
+            kind = "resumed" if is_resumed else "split" if decision.prefill else "decode-only"
+            routing.set(
+                {
+                    "paceline.kind": kind,
+                    "paceline.prefill_worker": decision.prefill.id if decision.prefill else "",
+                    "paceline.decode_worker": decision.decode.id,
+                    "paceline.predicted_ttft_s": decision.predicted_ttft_s,
+                }
+            )
+        ctx.prefill_worker, ctx.decode_worker = decision.prefill, decision.decode
+        ctx.predicted_ttft_s = decision.predicted_ttft_s
+        self._metrics.routing_decisions.labels(kind).inc()
+        if logger.isEnabledFor(logging.DEBUG):
+            fields = {
+                "prefill": decision.prefill.id if decision.prefill else "",
+                "decode": decision.decode.id,
+                "predicted_ttft_s": decision.predicted_ttft_s,
+                "terms_s": dict(decision.terms),
+                "saved_s": decision.saved_s,
+                "holders": ctx.holders,
+            }
+            logger.debug("routed", extra={"fields": fields})
+
+    async def _decide(self, ctx: RequestContext, is_resumed: bool) -> Decision:
+        """Ask the policy, once there are workers."""
         fleet, model = self._fleet, ctx.card()
         decode = await self._decode_workers(ctx)
-        decision = self._policy.decide(
+        return self._policy.decide(
             RoutingRequest(
                 num_tokens=len(ctx.tokens().prompt_token_ids) + ctx.longest_output,
                 block_size=model.block_size,
@@ -65,20 +93,6 @@ class RouteStep:
                 hop_s=self._settings.hop_s,
             ),
         )
-        ctx.prefill_worker, ctx.decode_worker = decision.prefill, decision.decode
-        ctx.predicted_ttft_s = decision.predicted_ttft_s
-        kind = "resumed" if is_resumed else "split" if decision.prefill else "decode-only"
-        self._metrics.routing_decisions.labels(kind).inc()
-        if logger.isEnabledFor(logging.DEBUG):
-            fields = {
-                "prefill": decision.prefill.id if decision.prefill else "",
-                "decode": decision.decode.id,
-                "predicted_ttft_s": decision.predicted_ttft_s,
-                "terms_s": dict(decision.terms),
-                "saved_s": decision.saved_s,
-                "holders": ctx.holders,
-            }
-            logger.debug("routed", extra={"fields": fields})
 
     async def _decode_workers(self, ctx: RequestContext) -> list[Member]:
         """Return candidates, once there are some; suspects only where nobody else is left.

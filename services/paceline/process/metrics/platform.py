@@ -45,6 +45,7 @@ class PlatformArea(Area):
         limit=256,
     )
     rpc_seconds = seconds("Duration of gRPC calls.", _METHOD)
+    trace_spans_dropped = counter("Spans that did not reach the collector.", "spans")
     metrics_label_overflow = counter(
         "Observations counted as `other` since a label had its most values.",
         "observations",
