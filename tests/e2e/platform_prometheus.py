@@ -25,12 +25,13 @@ STOP_TIMEOUT_S = 30.0
 
 
 class PlatformPrometheus:
-    """One server on a free port; what it stores goes to a directory of the test's."""
+    """One server on one port; what it stores goes to a directory of the test's."""
 
-    def __init__(self, platform: Platform, directory: Path) -> None:
+    def __init__(self, platform: Platform, directory: Path, port: int | None = None) -> None:
+        """Take a port, by default any free one."""
         self._directory = directory
         self._log = directory / "prometheus.log"
-        self._port = free_port()
+        self._port = port or free_port()
         self._file = directory / "prometheus.yml"
         self._file.write_text(configuration(platform.http, self._port))
         self.url = f"http://127.0.0.1:{self._port}"
