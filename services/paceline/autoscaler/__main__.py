@@ -18,8 +18,7 @@ from paceline.autoscaler.journal import Journal, JournalFile
 from paceline.autoscaler.leader import stand_by
 from paceline.autoscaler.loop import LoopTimes, ScalingLoop
 from paceline.autoscaler.ownership import Ownership
-from paceline.autoscaler.policies import POLICIES
-from paceline.autoscaler.policies.base import ScalingPolicy
+from paceline.autoscaler.policies import create_policy
 from paceline.autoscaler.report import Report
 from paceline.autoscaler.settings import AutoscalerSettings
 from paceline.autoscaler.sources.fleet import FleetSource
@@ -128,7 +127,7 @@ def _loop(
         scrape_grace_s=settings.window_s + settings.stale_s,
     )
     times = LoopTimes(settings.period_s)
-    policy, clock = _policy(settings), steady_clock()
+    policy, clock = create_policy(settings.policy, settings.rules()), steady_clock()
     return ScalingLoop(source, policy, steering, journal, report, clock, fleet.num_parked, times)
 
 
@@ -154,15 +153,6 @@ def steady_clock() -> Callable[[], float]:
     """Return a clock that shows the time of day as of now and never goes back."""
     offset_s = time.time() - time.monotonic()
     return lambda: time.monotonic() + offset_s
-
-
-def _policy(settings: AutoscalerSettings) -> ScalingPolicy:
-    try:
-        create = POLICIES[settings.policy]
-    except KeyError as error:
-        names = ", ".join(sorted(POLICIES))
-        raise ValueError(f"policy {settings.policy}: not one of {names}") from error
-    return create(settings.rules())
 
 
 def _journal(settings: AutoscalerSettings) -> Journal:

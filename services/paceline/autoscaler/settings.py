@@ -38,14 +38,14 @@ class AutoscalerSettings(ServiceSettings):
     stale_s: float = Field(default=60.0, gt=0)
     """Age from which samples are not used: some missed scrapes."""
 
-    policy: str = "static"
+    policy: str = "default"
     """Name of the scaling policy."""
     slo_ttft_s: float = Field(default=1.0, gt=0)
     """Target for the time to the first token; exact in the metrics where it is a bucket's edge."""
     slo_itl_s: float = Field(default=0.1, gt=0)
     """Target for the gap between pieces of an output; exact where it is a bucket's edge."""
-    slo_goal: float = Field(default=0.95, gt=0, lt=1)
-    """Share of requests, and of gaps, that are to be within their target."""
+    slo_goal: float = Field(default=0.99, gt=0, lt=1)
+    """Share of requests that are to be within their targets."""
     prefill_min: int = Field(default=1, ge=0)
     """Fewest prefill workers while there is traffic."""
     prefill_max: int = Field(default=8, ge=0)

@@ -17,7 +17,7 @@ import typer
 
 from paceline.autoscaler.guard import checked
 from paceline.autoscaler.journal import Entry, entry_to_json
-from paceline.autoscaler.policies import POLICIES
+from paceline.autoscaler.policies import create_policy
 from paceline.autoscaler.settings import AutoscalerSettings
 from paceline.autoscaler.sources.replay import read_observations
 from paceline.cli.errors import CommandError, leave
@@ -131,11 +131,8 @@ def decide_again(path: Path, policy: str | None) -> Iterator[dict[str, Any]]:
         CommandError: the file is no journal, or there is no such policy.
     """
     settings = AutoscalerSettings.load([])
-    name = policy or settings.policy
-    if name not in POLICIES:
-        raise CommandError(f"no policy {name}; there are: {', '.join(sorted(POLICIES))}")
-    deciding = POLICIES[name](settings.rules())
     try:
+        deciding = create_policy(policy or settings.policy, settings.rules())
         for number, observation in enumerate(read_observations(path), 1):
             decision = checked(observation, deciding.decide(observation))
             yield entry_to_json(Entry(number, observation, decision))

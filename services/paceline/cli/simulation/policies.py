@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from paceline.autoscaler.policies.base import ScalingPolicy
-from paceline.autoscaler.values import POOLS, Decision, Observation
+from paceline.autoscaler.policies import Bounds, ScalingPolicy, ScalingRules, create_policy
+from paceline.autoscaler.values import POOLS
 from paceline.cli.errors import CommandError
 from paceline.domain.member import Role
 
@@ -36,23 +36,22 @@ MakePolicy = Callable[[PolicyOptions], ScalingPolicy]
 """Of a module, so that other processes find it."""
 
 
-class FixedSizes:
-    """Keeps the pools as they are told to be."""
-
-    def __init__(self, sizes: Mapping[Role, int]) -> None:
-        self._sizes = dict(sizes)
-
-    def decide(self, observation: Observation) -> Decision:
-        """Return the same sizes as ever."""
-        return Decision(observation.at_s, self._sizes, "fixed", "steady")
-
-
 def make_policy(options: PolicyOptions) -> ScalingPolicy:
     """Return a new policy.
 
     Raises:
-        CommandError: there is none of that name.
+        CommandError: there is none of that name, or it cannot have these parameters.
     """
-    if options.name == "static":
-        return FixedSizes(options.sizes)
-    raise CommandError(f"--policy {options.name}: known are static")
+    try:
+        rules = ScalingRules(
+            ttft_s=options.slo_ttft_s,
+            itl_s=options.slo_itl_s,
+            goal_ratio=options.goal_ratio,
+            bounds={role: Bounds(options.least[role], options.most[role]) for role in POOLS},
+            period_s=options.period_s,
+            start_up_s=options.start_up_s,
+            idle_s=options.idle_s,
+        )
+        return create_policy(options.name, rules, options.sizes or options.targets)
+    except ValueError as error:
+        raise CommandError(f"--policy {options.name}: {error}") from error

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import product, repeat
+from itertools import repeat
 
 from paceline.autoscaler.values import POOLS
 from paceline.cli.simulation.policies import MakePolicy, PolicyOptions
@@ -114,16 +114,29 @@ def best(trials: Iterable[Trial], goal: float) -> Trial:
 
 
 def tune_targets(trials: Trials, policy: PolicyOptions, goal: float) -> Trial:
-    """Return the best of the grid of a policy with targets."""
+    """Return the best of the grid of a policy with targets.
+
+    Pool by pool, prefill first, beside the most generous target of the other: the larger a target
+    the fewer replicas, so what reaches the goal is found by halving.
+    """
     grid = GRIDS[policy.name]
-    pairs = product(grid[Role.PREFILL], grid[Role.DECODE])
-    return best(
-        trials.run(
-            replace(policy, targets={Role.PREFILL: prefill, Role.DECODE: decode})
-            for prefill, decode in pairs
-        ),
-        goal,
-    )
+    tried: list[Trial] = []
+    targets = {role: values[0] for role, values in grid.items()}
+    for role in POOLS:
+        values = grid[role]
+        low, high = 0, len(values) - 1
+        while low < high:
+            middle = (low + high + 1) // 2
+            asked = replace(policy, targets={**targets, role: values[middle]})
+            tried += trials.run([asked])
+            if tried[-1].figures.slo_attainment >= goal:
+                low = middle
+            else:
+                high = middle - 1
+        targets[role] = values[low]
+    if all(trial.policy.targets != targets for trial in tried):
+        tried += trials.run([replace(policy, targets=targets)])
+    return best(tried, goal)
 
 
 def tune_sizes(trials: Trials, policy: PolicyOptions, goal: float) -> Trial:

@@ -1,0 +1,243 @@
+"""How many replicas a load needs, by the calibrated step cost. Pure; no NaN goes in or out.
+
+**Prefill** is sized for the wait that the TTFT target leaves. A pool of n replicas is a queue with
+n servers whose service time is what a prompt takes to compute. With a = work arriving per second
+(in seconds, the offered load), S and Cs^2 mean and squared coefficient of variation of the service
+time, and Ca^2 that of the gaps between arrivals:
+
+    P(wait > t) = C(n, a) * exp(-t * (n - a) / (S * (Ca^2 + Cs^2) / 2))
+
+and of prompts that alone keep the target, a share of 1 - goal may wait longer than it leaves them.
+
+C is Erlang's formula for the share that waits. The mean of this wait is that of Allen and Cunneen
+(A. O. Allen, "Probability, statistics and queueing theory", 1990, 5.3.5: the M/M/n wait times
+(Ca^2 + Cs^2) / 2; for n = 1 and Poisson arrivals it is Pollaczek-Khinchine), its tail exponential,
+as that of M/M/n is and that of GI/G/n in heavy traffic (Kingman 1961). Ca^2 is 1 within a window:
+what varies between windows is the forecast's.
+
+**Decode** is sized for the ITL target. A replica holds as many rows as keep a step, divided by the
+tokens that it brings per sequence, within the target, and as fit its KV and its rows. Sequences
+under way at that pace are, by Little's law, tokens per second times seconds per token; they are
+taken as Poisson, with the normal's quantile for the goal.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+from paceline.autoscaler.values import Replica, Traffic
+from paceline.domain.cost import StepShape
+
+_POINTS = tuple(NormalDist().inv_cdf((2 * i + 1) / 32) for i in range(16))
+"""Middles of 16 equally likely parts of a normal distribution."""
+_P95 = NormalDist().inv_cdf(0.95)
+_MOST_REPLICAS = 4096
+"""Where a search ends that has no other bound."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptWork:
+    """What prompts take on one replica, cached tokens left out."""
+
+    mean_s: float
+    variation: float
+    """Squared coefficient of variation, Cs^2."""
+    seconds: tuple[float, ...]
+    """What equally likely prompts take, rising."""
+
+    @property
+    def p95_s(self) -> float:
+        """What nineteen of twenty prompts do not exceed."""
+        return self.seconds[-1 - len(self.seconds) // 20]
+
+    def slacks_s(self, ttft_s: float) -> list[float]:
+        """Return the wait that the target leaves to each of those that can keep it."""
+        return [ttft_s - seconds for seconds in self.seconds if seconds < ttft_s]
+
+    def late_ratio(self, ttft_s: float) -> float:
+        """Return the share that alone takes longer: no size brings them in time."""
+        return 1.0 - len(self.slacks_s(ttft_s)) / len(self.seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillSize:
+    """What prompts need."""
+
+    replicas: int
+    wait_s: float
+    """Wait that all but a share of 1 - goal stay below; inf if there is none."""
+    slack_s: float
+    """Wait that the target leaves to the median of prompts that can keep it."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeFit:
+    """What one replica can take of a kind of traffic."""
+
+    rows: int
+    itl_s: float
+    """Seconds per token of a sequence at so many rows."""
+    tokens_per_s: float
+    limit: str
+    """What keeps it from taking more: itl, kv or rows."""
+    is_reachable: bool
+    """Whether one row alone is within the target."""
+
+
+def prompt_work(traffic: Traffic, replica: Replica) -> PromptWork | None:
+    """Return what prompts take; None if nothing sensible is known of them.
+
+    Sizes are taken as log-normal with the mean and the 95th percentile seen: prompts of chats and
+    code are skewed, and two numbers fix no more.
+    """
+    mean, p95 = known(traffic.prompt_tokens), known(traffic.prompt_tokens_p95)
+    if mean <= 0:
+        return None
+    seconds = [_compute_s(tokens, traffic, replica) for tokens in _sizes(mean, p95)]
+    mean_s = sum(seconds) / len(seconds)
+    if not (0 < mean_s < math.inf):
+        return None
+    variance = sum((s - mean_s) ** 2 for s in seconds) / len(seconds)
+    return PromptWork(mean_s, variance / mean_s**2, tuple(sorted(seconds)))
+
+
+def _sizes(mean: float, p95: float) -> list[float]:
+    """Return 16 equally likely sizes of that mean."""
+    # ln(p95 / mean) = 1.645 sigma - sigma^2 / 2, its smaller root; no log-normal goes beyond
+    # the vertex.
+    ratio = math.log(max(p95, mean) / mean)
+    sigma = _P95 - math.sqrt(max(0.0, _P95**2 - 2 * ratio))
+    sizes = [math.exp(sigma * z) for z in _POINTS]
+    scale = mean * len(sizes) / sum(sizes)
+    return [size * scale for size in sizes]
+
+
+def _compute_s(tokens: float, traffic: Traffic, replica: Replica) -> float:
+    cached = min(1.0, known(traffic.cached_ratio)) * tokens
+    left = max(1, round(tokens - cached))
+    return replica.step_cost.prefill_s(left, round(cached), replica.chunk_tokens)
+
+
+def prefill_size(
+    load: float, work: PromptWork, ttft_s: float, goal_ratio: float, most: int = _MOST_REPLICAS
+) -> PrefillSize:
+    """Return the smallest pool whose queue leaves the goal's share of prompts in time.
+
+    `load` is the work that arrives, in seconds per second. Behind `most` the search ends.
+    """
+    miss_ratio, load = 1.0 - goal_ratio, known(load)
+    # Where no prompt can keep the target, those in time are what a wait as long would leave.
+    slacks_s = work.slacks_s(ttft_s) or [ttft_s]
+    slack_s = slacks_s[len(slacks_s) // 2]
+    if load <= 0:
+        return PrefillSize(0, 0.0, slack_s)
+    most = max(1, most)
+    num = min(most, math.floor(load) + 1)
+    while num < most and late_ratio(num, load, work, slacks_s) > miss_ratio:
+        num += 1
+    return PrefillSize(num, wait_s(num, load, work, miss_ratio), slack_s)
+
+
+def late_ratio(num: int, load: float, work: PromptWork, slacks_s: Sequence[float]) -> float:
+    """Return the share of prompts that a pool of that size keeps waiting longer than they may."""
+    if num <= load:
+        return 1.0
+    rate = (num - load) / _spread_s(work)
+    late = sum(math.exp(max(-700.0, -slack_s * rate)) for slack_s in slacks_s)
+    return erlang_c(num, load) * late / len(slacks_s)
+
+
+def wait_s(num: int, load: float, work: PromptWork, miss_ratio: float) -> float:
+    """Return the wait that only that share of prompts exceeds."""
+    if num <= load:
+        return math.inf
+    waiting = erlang_c(num, load)
+    if waiting <= miss_ratio:
+        return 0.0
+    return math.log(waiting / miss_ratio) * _spread_s(work) / (num - load)
+
+
+def _spread_s(work: PromptWork) -> float:
+    return work.mean_s * (1.0 + work.variation) / 2
+
+
+def erlang_c(num: int, load: float) -> float:
+    """Return the share that waits in M/M/num at an offered load below num."""
+    blocked = 1.0
+    for k in range(1, num + 1):
+        blocked = load * blocked / (k + load * blocked)
+    return num * blocked / (num - load * (1.0 - blocked))
+
+
+def decode_fit(traffic: Traffic, replica: Replica, itl_s: float) -> DecodeFit:
+    """Return how many rows a replica can hold; never less than one."""
+    context = max(1.0, known(traffic.prompt_tokens) + known(traffic.output_tokens) / 2)
+    fits = {"kv": int(replica.kv_tokens / context), "rows": replica.max_rows}
+    limit, most = min(fits.items(), key=lambda item: item[1])
+    most = max(1, most)
+    if row_itl_s(1, traffic, replica, context) > itl_s:
+        return _fit(1, traffic, replica, context, "itl", is_reachable=False)
+    low, high = 1, most + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        if row_itl_s(middle, traffic, replica, context) <= itl_s:
+            low = middle
+        else:
+            high = middle
+    return _fit(low, traffic, replica, context, limit if low == most else "itl", is_reachable=True)
+
+
+def _fit(
+    rows: int,
+    traffic: Traffic,
+    replica: Replica,
+    context: float,
+    limit: str,
+    *,
+    is_reachable: bool,
+) -> DecodeFit:
+    itl_s = row_itl_s(rows, traffic, replica, context)
+    return DecodeFit(rows, itl_s, rows / itl_s, limit, is_reachable)
+
+
+def row_itl_s(rows: int, traffic: Traffic, replica: Replica, context: float) -> float:
+    """Return the seconds per token of each of so many sequences; always above 0."""
+    nodes = known(traffic.nodes_per_step)
+    shape = StepShape(
+        rows=rows,
+        tree_nodes=round(rows * nodes),
+        tree_attended=round(rows * nodes * context),
+        attended=round(rows * context),
+    )
+    step_s = replica.step_cost.step_s(shape)
+    emitted = max(1.0, known(traffic.emitted_per_step))
+    return max(1e-6, step_s / emitted) if math.isfinite(step_s) else 1e6
+
+
+def decode_size(tokens_per_s: float, fit: DecodeFit, goal_ratio: float) -> tuple[int, float]:
+    """Return the replicas for so many output tokens, and the sequences that are then expected."""
+    tokens_per_s = known(tokens_per_s)
+    if tokens_per_s <= 0:
+        return 0, 0.0
+    mean = tokens_per_s * fit.itl_s
+    expected = mean + NormalDist().inv_cdf(goal_ratio) * math.sqrt(mean)
+    return min(_MOST_REPLICAS, max(1, math.ceil(expected / fit.rows - 1e-9))), expected
+
+
+def prompt_spare(replicas: int, rows: float) -> float:
+    """Return the prompt work that decode workers take, in seconds per second.
+
+    A gateway sends a prompt to a decode worker where that is predicted to be faster, its time
+    charged once more for each running stream and at least once (gateway/routing/cost.py): half
+    the time of workers that run nothing, and next to nothing of others. `rows` is the mean of
+    sequences per worker, taken as Poisson.
+    """
+    return 0.5 * replicas * math.exp(-min(700.0, known(rows)))
+
+
+def known(value: float) -> float:
+    """Return the value, 0 where it is none: not finite, or negative."""
+    return value if math.isfinite(value) and value > 0 else 0.0
