@@ -264,22 +264,24 @@ class Engine:
         step = self._decoding(0, self._rows.context())
         elder = min((s.streams_since or math.inf for s in self._rows), default=math.inf)
         chunks: list[Chunk] = []
+        hopeless = math.inf
         for sequence in self._computing:
-            most = min(sequence.remaining, budget)
+            most, start = min(sequence.remaining, budget), sequence.computed
             if most > 0 and elder <= sequence.arrived_step:
+                # Where the least chunk does not fit, none fits behind a longer start.
+                if start >= hopeless and most >= CHUNK_UNIT:
+                    continue
                 most = self._pace.chunk_tokens(
-                    step,
-                    start=sequence.computed,
-                    least=min(least, most),
-                    most=most,
-                    unit=CHUNK_UNIT,
+                    step, start=start, least=min(least, most), most=most, unit=CHUNK_UNIT
                 )
+                if not most:
+                    hopeless = min(hopeless, start)
             if budget <= 0:
                 break
             if most <= 0:
                 continue
             chunks.append(Chunk(sequence, most))
-            step, budget, least = step.with_chunk(most, sequence.computed), budget - most, 0
+            step, budget, least = step.with_chunk(most, start), budget - most, 0
         if nodes and rows:
             shape = self._decoding(nodes, self._rows.context())
             for chunk in chunks:

@@ -5,11 +5,11 @@
     8b-l4     8B with int8 weights on a 24 GB accelerator
     demo-cpu  the demo model on two cores, as measured
 
-The first three are derived (roofline.py), the last one was measured by `paceline bench cost`. The
-default is the one with which one hour of a public conversation or code trace (3 requests a second,
-prompts of 2,000 to 12,000 tokens) needs several replicas of each role at a TTFT of seconds and an
-ITL of 0.05 s: on the H100's kind one or two do, which tells policies little apart, on the L4's kind
-a prompt of 8,000 tokens alone takes over 2 s.
+The first three are derived (roofline.py), the last one was measured by `paceline bench cost`. With
+the default one hour of Azure's code trace takes a fixed fleet of 9 replicas for a TTFT of 2 s and
+an ITL of 0.05 s, one of Mooncake's conversations 14 for a TTFT of 5 s: enough for sizes to matter.
+On the H100's kind it is 3 and 6, where a policy has little to decide; on the L4's kind every second
+conversation needs more than 1 s for its prompt alone, and a quarter more than 3 s.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Profile:
     """As in the worker's settings."""
     workers_per_node: int = 8
     """Workers that share one KV node."""
-    store_tokens: int = 4_000_000
-    """Tokens whose KV a node keeps."""
+    store_tokens: int = 8_000_000
+    """Tokens whose KV a node keeps: of 128 KiB each, half of the 2 TB that eight-GPU hosts have."""
     near_bytes_per_s: float = 2e10
     """KV between a node's memory and a worker: PCIe 4.0 x16 at two thirds."""
     far_bytes_per_s: float = 1e10

@@ -35,9 +35,6 @@ GRIDS: dict[str, dict[Role, tuple[float, ...]]] = {
 """Targets tried per pool. hpa: busy share of prefill, sequences per decode worker; keda-queue:
 requests per worker, waiting and running."""
 
-_WIDEST = 3
-"""Fixed fleets are looked for up to this many replicas beyond what each pool needs alone."""
-
 
 @dataclass(frozen=True, slots=True)
 class World:
@@ -140,23 +137,26 @@ def tune_targets(trials: Trials, policy: PolicyOptions, goal: float) -> Trial:
 
 
 def tune_sizes(trials: Trials, policy: PolicyOptions, goal: float) -> Trial:
-    """Return the smallest fixed fleet that reaches the goal.
+    """Return the smallest fixed fleet that reaches the goal, the best of those of its size.
 
-    First each pool alone, the other one as large as it may be; then both grow from there.
+    First each pool alone, the other one as large as it may be: less will not do. From there all
+    fleets of one replica more, and so on. Without any that reaches the goal, the best of the first.
     """
     alone = {role: _alone(trials, policy, role, goal) for role in POOLS}
-    found: list[Trial] = []
-    base = {role: trial.policy.sizes[role] for role, trial in alone.items()}
-    for more in range(2 * _WIDEST + 1):
-        sizes = [
-            {Role.PREFILL: base[Role.PREFILL] + n, Role.DECODE: base[Role.DECODE] + more - n}
-            for n in range(more + 1)
-        ]
-        allowed = [s for s in sizes if all(s[role] <= policy.most[role] for role in POOLS)]
-        found += trials.run(replace(policy, sizes=s) for s in allowed)
-        if found and best(found, goal).figures.slo_attainment >= goal:
-            return best(found, goal)
-    return best([*found, *alone.values()], goal)
+    if any(trial.figures.slo_attainment < goal for trial in alone.values()):
+        return best(alone.values(), goal)
+    least = {role: trial.policy.sizes[role] for role, trial in alone.items()}
+    for total in range(sum(least.values()), sum(policy.most.values()) + 1):
+        sizes = (
+            {Role.PREFILL: prefill, Role.DECODE: total - prefill}
+            for prefill in range(least[Role.PREFILL], total - least[Role.DECODE] + 1)
+        )
+        allowed = (s for s in sizes if all(s[role] <= policy.most[role] for role in POOLS))
+        found = trials.run(replace(policy, sizes=s) for s in allowed)
+        top = max(found, key=lambda trial: trial.figures.slo_attainment)
+        if top.figures.slo_attainment >= goal:
+            return top
+    raise AssertionError("a pool that reaches the goal alone does not beside the same other one")
 
 
 def _alone(trials: Trials, policy: PolicyOptions, role: Role, goal: float) -> Trial:
