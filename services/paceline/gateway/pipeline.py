@@ -35,7 +35,6 @@ from paceline.gateway.steps.validate import (
 from paceline.gateway.tokenizer import ModelTokenizer
 from paceline.gateway.trace import note_request
 from paceline.process.metrics import Metrics
-from paceline.process.spans import span
 from paceline.v1 import inference_pb2
 
 logger = logging.getLogger(__name__)
@@ -77,13 +76,11 @@ class Pipeline:
         """
         ctx.tenant, ctx.may_train = tenant.name, tenant.allow_training
         with _logged(ctx), self.admission.admit(tenant.name, ctx.request_id):
-            with span("tokenise"):
-                check_request(ctx.request, self._limits)
-                ctx.model = await self.model(ctx.request.model, tenant, ctx.remaining_s())
-                check_against_model(ctx.request, ctx.model)
-                drafters = self._fleet.drafters(ctx.model.kv_root)
-                check_speculation(ctx.request.speculation.mode, drafters)
-                await self._tokenise(ctx)
+            check_request(ctx.request, self._limits)
+            ctx.model = await self.model(ctx.request.model, tenant, ctx.remaining_s())
+            check_against_model(ctx.request, ctx.model)
+            check_speculation(ctx.request.speculation.mode, self._fleet.drafters(ctx.model.kv_root))
+            await self._tokenise(ctx)
             self._metrics.prompt_tokens.inc(len(ctx.tokens().prompt_token_ids))
             await self._lookup(ctx)
             await self._route(ctx)
