@@ -39,7 +39,6 @@ from paceline.gateway.steps.validate import (
 from paceline.gateway.tokenizer import ModelTokenizer
 from paceline.gateway.trace import note_request
 from paceline.process.metrics import Metrics
-from paceline.process.spans import span
 from paceline.v1 import inference_pb2
 
 logger = logging.getLogger(__name__)
@@ -117,12 +116,10 @@ class Pipeline:
 
     async def _prepare(self, ctx: RequestContext, tenant: Tenant) -> None:
         """Check and tokenise for what is served, and look for stored KV."""
-        with span("tokenise"):
-            ctx.model = await self.model(ctx.request.model, tenant, ctx.remaining_s())
-            check_against_model(ctx.request, ctx.model)
-            drafters = self._fleet.drafters(ctx.model.kv_root)
-            check_speculation(ctx.request.speculation.mode, drafters)
-            await self._tokenise(ctx)
+        ctx.model = await self.model(ctx.request.model, tenant, ctx.remaining_s())
+        check_against_model(ctx.request, ctx.model)
+        check_speculation(ctx.request.speculation.mode, self._fleet.drafters(ctx.model.kv_root))
+        await self._tokenise(ctx)
         await self._lookup(ctx)
 
     async def model(self, name: str, tenant: Tenant, timeout_s: float) -> ModelCard:

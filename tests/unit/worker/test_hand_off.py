@@ -12,6 +12,7 @@ from tests.unit.kvstore.node_process import flip, stats
 from tests.unit.worker.conftest import Fleet
 from tests.unit.worker.worker_process import (
     CHUNK_TOKENS,
+    TRACE_ID,
     calling,
     make_prompt,
     make_spec,
@@ -105,7 +106,7 @@ async def test_a_flipped_bit_costs_time_and_nothing_else(fleet: Fleet) -> None:
         assert (await prefill.prefill(repaired)).messages[-1].published_tokens == 299
 
 
-async def test_the_request_id_is_in_one_line_of_every_hop(fleet: Fleet) -> None:
+async def test_request_and_trace_id_are_in_one_line_of_every_hop(fleet: Fleet) -> None:
     spec = make_spec(make_prompt(50, 6), request_id="own-id")
     sources = (fleet["kv-0"].kv_uri,)
     async with calling(fleet["prefill"]) as prefill, calling(fleet["far"]) as far:
@@ -125,6 +126,7 @@ async def test_the_request_id_is_in_one_line_of_every_hop(fleet: Fleet) -> None:
     acquired = [x for x in lines if x["event"] == "blocks-acquired"]
     (line,) = [x for x in acquired if x.get("request_id") == "trace-1"]
     assert (line["asked"], line["found"], line["pulled"]) == (4, 4, 4)
+    assert prefilled["trace_id"] == decoded["trace_id"] == line["trace_id"] == TRACE_ID
 
 
 @pytest.mark.parametrize("request_id", ["line\nbreak", "\u00fc\u4e16", "x" * 300, ""])

@@ -29,6 +29,7 @@ from tests.waiting import until
 MODEL = Path(__file__).parents[3] / "models" / "demo"
 CHUNK_TOKENS = 64
 VOCABULARY = 4096
+TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
 START_TIMEOUT_S = 60.0
 
 
@@ -267,4 +268,6 @@ def num_mappings(pid: int, path: Path) -> int:
 
 
 def _metadata(log_id: str) -> tuple[tuple[str, str], ...] | None:
-    return (("x-request-id", log_id),) if log_id else None
+    if not log_id:
+        return None
+    return ("x-request-id", log_id), ("traceparent", f"00-{TRACE_ID}-00f067aa0ba902b7-00")

@@ -16,6 +16,7 @@ from paceline.domain.request import GenerationSpec
 from paceline.gateway.context import Output, RequestContext
 from paceline.gateway.steps.validate import check_length
 from paceline.gateway.tokenizer import ModelTokenizer
+from paceline.process.spans import span
 from paceline.rpc import codec
 from paceline.v1 import inference_pb2
 
@@ -50,10 +51,12 @@ class TokeniseStep:
             DeadlineError: it took too long.
         """
         request, model = ctx.request, ctx.card()
-        if request.WhichOneof("input") == "token_ids":
-            ids = list(request.token_ids.ids)
-        else:
-            ids = await self.encode(request, model, ctx.remaining_s())
+        with span("tokenise") as tokenising:
+            if request.WhichOneof("input") == "token_ids":
+                ids = list(request.token_ids.ids)
+            else:
+                ids = await self.encode(request, model, ctx.remaining_s())
+            tokenising.set({"gen_ai.usage.input_tokens": len(ids)})
         room = model.max_context_tokens - len(ids)
         max_tokens = request.max_tokens if request.HasField("max_tokens") else None
         sampling = request.sampling

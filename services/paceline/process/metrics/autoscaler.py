@@ -6,6 +6,14 @@ from paceline.process.metrics.declaration import Area, counter, gauge
 from paceline.process.metrics.labelled import Label
 
 _POOL = Label("pool", "role of the workers", ("prefill", "decode"))
+_KINDS = ("steady", "grow", "shrink", "hold", "wake", "sleep", "limited")
+_KIND = Label(
+    "kind",
+    "`hold`: something is not known; `wake`, `sleep`: from and to zero; `limited`: a bound or the "
+    "budget allows less than is needed",
+    _KINDS,
+)
+MAX_INPUTS = 64
 
 
 class AutoscalerArea(Area):
@@ -26,31 +34,27 @@ class AutoscalerArea(Area):
     autoscaler_input = gauge(
         "Number that went into the last decision.",
         "",
-        Label("name", "as in the decision's line", max_values=64),
+        Label("name", "the number, with its unit", max_values=MAX_INPUTS),
     )
     autoscaler_holding = gauge("1 while sizes are held because something is not known.", "")
     autoscaler_source_age_seconds = gauge(
         "Age of the newest sample that decisions rest on.", "seconds"
     )
     autoscaler_last_change_info = gauge(
-        "Constant 1; labels tell the last decision that changed something, or began or ended to "
-        "hold.",
+        "Constant 1; the labels tell the last decision that changed something, or began or ended "
+        "to hold. One series at a time.",
         "",
-        Label("kind", "grow, shrink, hold, wake, sleep, limited or steady", max_values=1),
-        Label("reason", "the decision's line", max_values=1),
+        _KIND,
+        Label("reason", "its line, with the numbers that decided", max_values=1),
     )
-    autoscaler_decisions = counter(
-        "Decisions about sizes of pools.",
-        "decisions",
-        Label("kind", "as above; steady changes nothing", max_values=8),
-    )
+    autoscaler_decisions = counter("Decisions about the sizes of pools.", "decisions", _KIND)
     autoscaler_source_failures = counter(
-        "Decisions for which something was not known.",
+        "Decisions for which data was missing, by why.",
         "decisions",
-        Label("reason", "what was missing, see docs/scaling.md", max_values=32),
+        Label("reason", "reason of the missing data", max_values=32),
     )
     autoscaler_target_failures = counter(
         "Failed calls to whoever starts workers.",
         "calls",
-        Label("reason", "what it answered, see docs/scaling.md", max_values=32),
+        Label("reason", "reason of the error", max_values=32),
     )
