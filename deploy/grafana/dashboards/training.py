@@ -98,11 +98,9 @@ def training() -> list[Panel]:
         ),
         curves(
             "Share of the spare",
-            "Granted of offered core seconds, now and since the trainer's start.",
+            "Granted of offered core seconds.",
             "percentunit",
-            Query(SPARE_GIVEN, "now"),
-            Query(FLEET.max("paceline_trainer_spare_share_ratio"), "since the start"),
-            colors={"since the start": GREY},
+            Query(SPARE_GIVEN, "granted"),
             max_value=1,
         ),
         curves(

@@ -94,10 +94,13 @@ class AutoscalerSettings(ServiceSettings):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        for role, bounds in self.bounds.items():
-            if bounds.least > bounds.most:
-                raise ValueError(f"{role.value}_min {bounds.least} is over its max {bounds.most}")
-        least = sum(bounds.least for bounds in self.bounds.values())
+        for name, least, most in (
+            ("prefill", self.prefill_min, self.prefill_max),
+            ("decode", self.decode_min, self.decode_max),
+        ):
+            if least > most:
+                raise ValueError(f"{name}_min {least} is over its max {most}")
+        least = self.prefill_min + self.decode_min
         if 0 < self.budget < least:
             raise ValueError(f"budget {self.budget} is less than the pools' fewest, {least}")
         if self.target == "local" and not self.control_address:

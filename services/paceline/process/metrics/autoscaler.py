@@ -33,10 +33,10 @@ class AutoscalerArea(Area):
     )
     autoscaler_input = gauge(
         "Number that went into the last decision.",
-        "",
+        "as its name says",
         Label("name", "the number, with its unit", max_values=MAX_INPUTS),
     )
-    autoscaler_holding = gauge("1 while sizes are held because something is not known.", "")
+    autoscaler_holding = gauge("1 while sizes are held because something is not known.", "0 or 1")
     autoscaler_source_age_seconds = gauge(
         "Age of the newest sample that decisions rest on.", "seconds"
     )
