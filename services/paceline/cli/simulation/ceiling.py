@@ -1,13 +1,14 @@
 """What share of a load a fleet without any queue would serve within the SLO.
 
 A prompt that takes longer than the SLO on an idle replica misses it however many replicas there
-are; a goal above this share asks for what no scaling policy can do.
+are; a goal above this share asks for what no scaling policy can do. Prefixes come from one node's
+store: a fleet of more nodes keeps more of them, so that it may do better by a little.
 """
 
 from __future__ import annotations
 
 from paceline.cli.simulation.profiles import Profile
-from paceline.cli.simulation.store import prefix_keys
+from paceline.cli.simulation.store import NodeStore, prefix_keys
 from paceline.cli.simulation.traces import Arrival
 from paceline.domain.cost import StepShape
 
@@ -19,17 +20,14 @@ def reachable_ratio(
     slo_itl_s: float,
     emitted_per_step: float = 1.0,
 ) -> float:
-    """Return the share, with every prefix still in the store and each request alone."""
-    seen: set[bytes] = set()
+    """Return the share, each request alone."""
+    store = NodeStore(profile.store_tokens)
     num_within = 0
     for arrival in load:
         keys = prefix_keys(arrival)
-        leading = 0
-        for key in keys:
-            if key not in seen:
-                break
-            leading += 1
-        seen.update(keys)
+        leading = store.num_leading(keys)
+        store.put(keys, arrival.block_tokens)
+        store.read(keys)
         cached = min(leading * arrival.block_tokens, arrival.prompt_tokens - 1)
         ttft_s, itl_s = _alone(arrival, cached, profile, emitted_per_step)
         num_within += ttft_s <= slo_ttft_s and itl_s <= slo_itl_s

@@ -81,7 +81,9 @@ def _draw_sizes(axes: Any, outcome: Outcome) -> None:
                 linewidth=1.2,
                 label=f"{role.value} {kind}",
             )
-    axes.set_ylim(bottom=0)
+    most = max((change.requested for change in outcome.changes), default=0)
+    # The legend needs a place.
+    axes.set_ylim(0, 1.4 * max(1, most))
     axes.set_ylabel("replicas")
     axes.legend(loc="upper right", ncols=2)
 

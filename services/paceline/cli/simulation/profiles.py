@@ -7,9 +7,9 @@
 
 The first three are derived (roofline.py), the last one was measured by `paceline bench cost`. With
 the default one hour of Azure's code trace takes a fixed fleet of 9 replicas for a TTFT of 2 s and
-an ITL of 0.05 s, one of Mooncake's conversations 14 for a TTFT of 5 s: enough for sizes to matter.
-On the H100's kind it is 3 and 6, where a policy has little to decide; on the L4's kind every second
-conversation needs more than 1 s for its prompt alone, and a quarter more than 3 s.
+an ITL of 0.05 s, one of Mooncake's conversations 12 to 14 for a TTFT of 5 s: enough for sizes to
+matter. On the H100's kind it is 3 and 6, where a policy has little to decide; on the L4's kind
+every second conversation needs more than 1 s for its prompt alone, and a quarter more than 3 s.
 """
 
 from __future__ import annotations

@@ -24,11 +24,11 @@ from paceline.domain.member import Role
 
 GRIDS: dict[str, dict[Role, tuple[float, ...]]] = {
     "hpa": {
-        Role.PREFILL: (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8),
+        Role.PREFILL: (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8),
         Role.DECODE: (4.0, 8.0, 16.0, 32.0, 64.0),
     },
     "keda-queue": {
-        Role.PREFILL: (0.5, 1.0, 2.0, 4.0, 8.0),
+        Role.PREFILL: (0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0),
         Role.DECODE: (2.0, 4.0, 8.0, 16.0, 32.0, 64.0),
     },
 }
