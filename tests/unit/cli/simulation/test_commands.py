@@ -62,7 +62,7 @@ def test_simulate_prints_a_report_for_people(trace: str) -> None:
     assert "100 requests" in out
     assert "attained" in out
     assert "prefill 2.00 and decode 1.00 on average" in out
-    assert "fixed" in out
+    assert "steady   prefill 2, decode 1" in out
 
 
 def test_simulate_prints_nothing_but_json_when_asked(trace: str) -> None:
