@@ -34,6 +34,8 @@ from paceline.domain.cost import StepShape
 _POINTS = tuple(NormalDist().inv_cdf((2 * i + 1) / 32) for i in range(16))
 """Middles of 16 equally likely parts of a normal distribution."""
 _P95 = NormalDist().inv_cdf(0.95)
+MOST_KNOWN = 1e9
+"""No rate or size is larger: what is has been measured wrong, and would only overflow."""
 _MOST_REPLICAS = 4096
 """Where a search ends that has no other bound."""
 
@@ -47,11 +49,6 @@ class PromptWork:
     """Squared coefficient of variation, Cs^2."""
     seconds: tuple[float, ...]
     """What equally likely prompts take, rising."""
-
-    @property
-    def p95_s(self) -> float:
-        """What nineteen of twenty prompts do not exceed."""
-        return self.seconds[-1 - len(self.seconds) // 20]
 
     def slacks_s(self, ttft_s: float) -> list[float]:
         """Return the wait that the target leaves to each of those that can keep it."""
@@ -239,5 +236,5 @@ def prompt_spare(replicas: int, rows: float) -> float:
 
 
 def known(value: float) -> float:
-    """Return the value, 0 where it is none: not finite, or negative."""
-    return value if math.isfinite(value) and value > 0 else 0.0
+    """Return the value; 0 where it is none, not finite or negative, and at most MOST_KNOWN."""
+    return min(value, MOST_KNOWN) if math.isfinite(value) and value > 0 else 0.0

@@ -12,7 +12,9 @@ from paceline.autoscaler.forecast import RecentQuantileForecaster, RegressionFor
 QUANTILE = 0.9
 """Of the load. The sizes made of it have their own share for chance (capacity.py), so the two
 together miss less than a tenth of that."""
-_MOST_VARIATION = 1.0
+_MOST_VARIATION = 1.5
+"""A load that is on for less than a third of the time varies more; by how much then depends on
+single bursts."""
 
 
 class Demand:
@@ -38,9 +40,9 @@ class Demand:
 
     @property
     def burst_ratio(self) -> float:
-        """How much more than a window's mean may come within it, 1 to 2.
+        """How much more than a window's mean may come within it, 1 to 2.5.
 
         What happens within a window is not seen. A load is taken to vary there as it varies
-        between windows: by its coefficient of variation, up to once its mean.
+        between windows: by its coefficient of variation.
         """
         return 1.0 + min(_MOST_VARIATION, self._recent.variation())

@@ -16,6 +16,11 @@ KEEP_S = 900.0
 enough to follow the hours of a day."""
 
 
+TREND_KEEP_S = 1800.0
+"""How far back a regression looks: it takes more to fit a line than to know the highest values,
+and where that changes it, over loads that come and go in waves of minutes, it errs less."""
+
+
 class Forecaster(Protocol):
     """Learns one series, sampled in order of time; gaps may be of any length."""
 
@@ -90,7 +95,7 @@ class RegressionForecaster:
     deviation, is added: loads are skewed.
     """
 
-    def __init__(self, keep_s: float = KEEP_S) -> None:
+    def __init__(self, keep_s: float = TREND_KEEP_S) -> None:
         self._keep_s = keep_s
         self._seen: deque[tuple[float, float]] = deque()
 

@@ -1,4 +1,4 @@
-"""From wanted sizes to a decision: bounds, budget, kind and victims, for every policy. Pure."""
+"""From wanted sizes to a decision: bounds, budget, kind, victims; for every policy alike. Pure."""
 
 from __future__ import annotations
 

@@ -186,14 +186,13 @@ class Sizing:
                 "prompt_load": self._prompt.now,
                 "prompt_load_expected": expected,
                 "prompt_s": work.mean_s,
-                "prompt_p95_s": work.p95_s,
                 "prompts_out_of_reach_ratio": late,
                 "prefill_wait_s": size.wait_s,
                 "prefill_slack_s": size.slack_s,
                 "prefill_backlog_s": backlog_s,
                 "prefill_spare": spare,
                 "burst_ratio": burst,
-                "correction": factor,
+                "prefill_correction": factor,
             },
         )
 

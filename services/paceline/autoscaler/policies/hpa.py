@@ -156,7 +156,7 @@ class HpaPolicy:
         elif pool.busy_ratio is None or not math.isfinite(pool.busy_ratio):
             return current, f"{name} {current}: no busy share, kept"
         else:
-            desired = desired_by_ratio(pool, pool.busy_ratio, target)
+            desired = desired_by_ratio(pool, min(1.0, max(0.0, pool.busy_ratio)), target)
             seen = f"busy {pool.busy_ratio:.2f} of {target:g}"
         size = self._control[role].settle(observation.at_s, current, max(1, desired))
         return size, f"{name} {current} -> {size}: {seen}"
