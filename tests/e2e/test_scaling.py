@@ -221,6 +221,7 @@ async def test_a_crashed_worker_comes_back_unless_it_was_to_end(
     (second,) = (m for m in members(platform, "decode") if m["id"] != "decode-0")
     async with load(platform) as running:
         os.kill(second["pid"], signal.SIGKILL)
+        await until(lambda: second["pid"] not in platform.processes()["decode"], 30)
         await running.until_answered(NUM_CLIENTS)
         await control.settled()
     (back,) = (m for m in members(platform, "decode") if m["id"] == second["id"])

@@ -203,6 +203,7 @@ async def test_every_pool_is_shown_as_it_is(pools: Pools, stub: Any) -> None:
     response = await stub.GetScale(pb.GetScaleRequest(), timeout=5)
     assert [(p.role, p.replicas) for p in response.pools] == [("prefill", 0), ("decode", 0)]
     await stub.SetScale(pb.SetScaleRequest(role="decode", replicas=2), timeout=5)
+    await pools.up("decode-0")
     answer = await stub.SetScale(
         pb.SetScaleRequest(role="decode", replicas=1, victims=["ghost", "decode-0"]), timeout=5
     )

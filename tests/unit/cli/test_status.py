@@ -30,7 +30,7 @@ STATUS: dict[str, Any] = {
     "version": "0.1.0",
     "model": {"name": "demo"},
     "has_redis": True,
-    "requests": {"running": 7, "finished": 40, "failed": 1},
+    "requests": {"running": 7, "parked": 3, "finished": 40, "failed": 1},
     "members": [
         {
             "id": "decode-0",
@@ -96,7 +96,7 @@ def shown(status: dict[str, Any]) -> list[list[str]]:
 def test_the_table_fits_a_terminal_and_says_who_does_what() -> None:
     head, requests, _, *rows, _ = shown(STATUS)
     assert head == ["paceline", "0.1.0", "model", "demo", "redis", "up"]
-    assert requests == ["requests:", "7", "running,", "40", "finished,", "1", "failed"]
+    assert " ".join(requests) == "requests: 7 running (3 parked), 40 finished, 1 failed"
     assert rows == [
         ["decode-0", "127.0.0.1:40001", "4711", "kv-0", "suspect", "5", "2", "321", "25%", "4567"],
         ["gateway-0", "127.0.0.1:50051", "4712", "draining"],
