@@ -26,14 +26,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import NormalDist
 
 from paceline.autoscaler.values import Replica, Traffic
 from paceline.domain.cost import StepShape
 
-_POINTS = tuple(NormalDist().inv_cdf((2 * i + 1) / 32) for i in range(16))
-"""Middles of 16 equally likely parts of a normal distribution."""
-_P95 = NormalDist().inv_cdf(0.95)
+_NORMAL = NormalDist()
+_PARTS = 32
+_EDGES = tuple(_NORMAL.inv_cdf(i / _PARTS) for i in range(1, _PARTS))
+"""Between equally likely parts of a normal distribution."""
+_P95 = _NORMAL.inv_cdf(0.95)
 MOST_KNOWN = 1e9
 """No rate or size is larger: what is has been measured wrong, and would only overflow."""
 _MOST_REPLICAS = 4096
@@ -102,14 +105,14 @@ def prompt_work(traffic: Traffic, replica: Replica) -> PromptWork | None:
 
 
 def _sizes(mean: float, p95: float) -> list[float]:
-    """Return 16 equally likely sizes of that mean."""
+    """Return equally likely sizes: the means within the parts of a log-normal distribution."""
     # ln(p95 / mean) = 1.645 sigma - sigma^2 / 2, its smaller root; no log-normal goes beyond
     # the vertex.
     ratio = math.log(max(p95, mean) / mean)
     sigma = _P95 - math.sqrt(max(0.0, _P95**2 - 2 * ratio))
-    sizes = [math.exp(sigma * z) for z in _POINTS]
-    scale = mean * len(sizes) / sum(sizes)
-    return [size * scale for size in sizes]
+    # A part [a, b] of the normal holds Phi(b - sigma) - Phi(a - sigma) of the sum of sizes.
+    held = [0.0, *(_NORMAL.cdf(edge - sigma) for edge in _EDGES), 1.0]
+    return [mean * _PARTS * (b - a) for a, b in pairwise(held)]
 
 
 def _compute_s(tokens: float, traffic: Traffic, replica: Replica) -> float:
@@ -220,7 +223,7 @@ def decode_size(tokens_per_s: float, fit: DecodeFit, goal_ratio: float) -> tuple
     if tokens_per_s <= 0:
         return 0, 0.0
     mean = tokens_per_s * fit.itl_s
-    expected = mean + NormalDist().inv_cdf(goal_ratio) * math.sqrt(mean)
+    expected = mean + _NORMAL.inv_cdf(goal_ratio) * math.sqrt(mean)
     return min(_MOST_REPLICAS, max(1, math.ceil(expected / fit.rows - 1e-9))), expected
 
 
