@@ -15,10 +15,16 @@ C is Erlang's formula for the share that waits. The mean of this wait is that of
 as that of M/M/n is and that of GI/G/n in heavy traffic (Kingman 1961). Ca^2 is 1 within a window:
 what varies between windows is the forecast's.
 
-**Decode** is sized for the ITL target. A replica holds as many rows as keep a step, divided by the
-tokens that it brings per sequence, within the target, and as fit its KV and its rows. Sequences
-under way at that pace are, by Little's law, tokens per second times seconds per token; they are
-taken as Poisson, with the normal's quantile for the goal.
+**Decode** is sized for the ITL target and for room. A replica holds as many rows as keep a step,
+divided by the tokens that it brings per sequence, within the target. Sequences under way at that
+pace are, by Little's law, tokens per second times seconds per token. With N of them on average,
+taken as Poisson, and contexts c,
+
+    sequences that the goal's share of moments does not exceed   N + z * sqrt(N)
+    tokens of KV, alike                                          N * E[c] + z * sqrt(N * E[c^2])
+
+z is the normal's quantile. A replica counts with its KV less one long context: a sequence needs
+its room in one place, and a long one waits for it while others run.
 """
 
 from __future__ import annotations
@@ -78,13 +84,28 @@ class DecodeFit:
     """What one replica can take of a kind of traffic."""
 
     rows: int
+    """Sequences, by the ITL target and by the rows that it has."""
     itl_s: float
     """Seconds per token of a sequence at so many rows."""
-    tokens_per_s: float
-    limit: str
-    """What keeps it from taking more: itl, kv or rows."""
+    room_tokens: float
+    """KV for contexts, one long one left free."""
+    context_tokens: float
+    """Mean of a sequence under way."""
+    context_square: float
+    """Mean of squares."""
     is_reachable: bool
     """Whether one row alone is within the target."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeSize:
+    """What streams need."""
+
+    replicas: int
+    sequences: float
+    """Under way at a time, what the goal's share of moments does not exceed."""
+    is_by_room: bool
+    """Whether KV decides, not ITL."""
 
 
 def prompt_work(traffic: Traffic, replica: Replica) -> PromptWork | None:
@@ -173,34 +194,29 @@ def erlang_c(num: int, load: float) -> float:
 
 
 def decode_fit(traffic: Traffic, replica: Replica, itl_s: float) -> DecodeFit:
-    """Return how many rows a replica can hold; never less than one."""
-    context = max(1.0, known(traffic.prompt_tokens) + known(traffic.output_tokens) / 2)
-    fits = {"kv": int(replica.kv_tokens / context), "rows": replica.max_rows}
-    limit, most = min(fits.items(), key=lambda item: item[1])
-    most = max(1, most)
-    if row_itl_s(1, traffic, replica, context) > itl_s:
-        return _fit(1, traffic, replica, context, "itl", is_reachable=False)
-    low, high = 1, most + 1
-    while high - low > 1:
-        middle = (low + high) // 2
+    """Return what a replica can hold; never less than one row."""
+    prompt, p95 = known(traffic.prompt_tokens), known(traffic.prompt_tokens_p95)
+    emitted = known(traffic.output_tokens) / 2
+    contexts = [max(1.0, size + emitted) for size in _sizes(max(1.0, prompt), p95)]
+    context = sum(contexts) / len(contexts)
+    rows = 1
+    high = max(1, replica.max_rows) + 1
+    while high - rows > 1:
+        middle = (rows + high) // 2
         if row_itl_s(middle, traffic, replica, context) <= itl_s:
-            low = middle
+            rows = middle
         else:
             high = middle
-    return _fit(low, traffic, replica, context, limit if low == most else "itl", is_reachable=True)
-
-
-def _fit(
-    rows: int,
-    traffic: Traffic,
-    replica: Replica,
-    context: float,
-    limit: str,
-    *,
-    is_reachable: bool,
-) -> DecodeFit:
-    itl_s = row_itl_s(rows, traffic, replica, context)
-    return DecodeFit(rows, itl_s, rows / itl_s, limit, is_reachable)
+    reached_s = row_itl_s(rows, traffic, replica, context)
+    return DecodeFit(
+        rows=rows,
+        itl_s=reached_s,
+        # Contexts that no replica can hold but alone leave half of it to others.
+        room_tokens=max(1.0, replica.kv_tokens - contexts[-1], replica.kv_tokens / 2),
+        context_tokens=context,
+        context_square=sum(c * c for c in contexts) / len(contexts),
+        is_reachable=reached_s <= itl_s,
+    )
 
 
 def row_itl_s(rows: int, traffic: Traffic, replica: Replica, context: float) -> float:
@@ -217,14 +233,17 @@ def row_itl_s(rows: int, traffic: Traffic, replica: Replica, context: float) -> 
     return max(1e-6, step_s / emitted) if math.isfinite(step_s) else 1e6
 
 
-def decode_size(tokens_per_s: float, fit: DecodeFit, goal_ratio: float) -> tuple[int, float]:
-    """Return the replicas for so many output tokens, and the sequences that are then expected."""
-    tokens_per_s = known(tokens_per_s)
-    if tokens_per_s <= 0:
-        return 0, 0.0
-    mean = tokens_per_s * fit.itl_s
-    expected = mean + _NORMAL.inv_cdf(goal_ratio) * math.sqrt(mean)
-    return min(_MOST_REPLICAS, max(1, math.ceil(expected / fit.rows - 1e-9))), expected
+def decode_size(tokens_per_s: float, fit: DecodeFit, goal_ratio: float) -> DecodeSize:
+    """Return the replicas for so many output tokens."""
+    mean = known(tokens_per_s) * fit.itl_s
+    if mean <= 0:
+        return DecodeSize(0, 0.0, is_by_room=False)
+    spread = _NORMAL.inv_cdf(goal_ratio)
+    sequences = mean + spread * math.sqrt(mean)
+    tokens = mean * fit.context_tokens + spread * math.sqrt(mean * fit.context_square)
+    by_rows, by_room = sequences / fit.rows, tokens / fit.room_tokens
+    num = math.ceil(max(by_rows, by_room) - 1e-9)
+    return DecodeSize(min(_MOST_REPLICAS, max(1, num)), sequences, by_room > by_rows)
 
 
 def prompt_spare(replicas: int, rows: float) -> float:

@@ -12,8 +12,8 @@ from paceline.autoscaler.forecast import RecentQuantileForecaster, RegressionFor
 QUANTILE = 0.9
 """Of the load. The sizes made of it have their own share for chance (capacity.py), so the two
 together miss less than a tenth of that."""
-_MOST_VARIATION = 1.5
-"""A load that is on for less than a third of the time varies more; by how much then depends on
+_MOST_VARIATION = 1.25
+"""A load that is on for less than two fifths of the time varies more; by how much depends on
 single bursts."""
 
 
@@ -40,7 +40,7 @@ class Demand:
 
     @property
     def burst_ratio(self) -> float:
-        """How much more than a window's mean may come within it, 1 to 2.5.
+        """How much more than a window's mean may come within it, 1 to 2.25.
 
         What happens within a window is not seen. A load is taken to vary there as it varies
         between windows: by its coefficient of variation.

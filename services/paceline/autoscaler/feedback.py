@@ -27,8 +27,8 @@ GAIN = 10.0
 """A tenth of recent requests missed makes e times as much: 8 % are one burst of twelve."""
 HALF_LIFE_S = 1800.0
 """Twice what forecasts remember."""
-MOST = 2.5
-"""Beyond, something is broken that more replicas do not mend."""
+MOST = 1.5
+"""What is still missed beyond is not mended by more replicas of the same."""
 _RECENT_S = 900.0
 _FEWEST = 50.0
 """Requests that recent ones are counted as at least: single ones are no share of anything."""

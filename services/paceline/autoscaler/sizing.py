@@ -119,16 +119,16 @@ class Sizing:
         horizon_s = self._horizon_s(start_up_s)
         factor = self._corrections[Role.DECODE].factor
         expected = self._output.expected(horizon_s)
-        num, sequences = capacity.decode_size(expected * factor, fit, self._rules.goal_ratio)
+        size = capacity.decode_size(expected * factor, fit, self._rules.goal_ratio)
         now = self._output.now * fit.itl_s
         workers = [worker for role in POOLS for worker in observation.pools[role].workers]
         # Prompts that wait all decode once they are computed.
         under_way = sum(worker.num_running + worker.num_waiting for worker in workers)
         under_way += observation.parked
-        num = max(num, math.ceil(under_way / fit.rows))
+        num = max(size.replicas, math.ceil(under_way / fit.rows))
         target_s = self._rules.itl_s
         note = (
-            f"{sequences:.1f} sequences expected in {horizon_s:.0f} s (now {now:.1f}, "
+            f"{size.sequences:.1f} sequences expected in {horizon_s:.0f} s (now {now:.1f}, "
             f"{under_way} under way), "
         )
         if fit.is_reachable:
@@ -141,7 +141,8 @@ class Sizing:
             {
                 "output_tokens_per_s": self._output.now,
                 "output_tokens_per_s_expected": expected,
-                "decode_sequences": sequences,
+                "decode_sequences": size.sequences,
+                "decode_context_tokens": fit.context_tokens,
                 "decode_under_way": float(under_way),
                 "decode_rows": float(fit.rows),
                 "decode_itl_s": fit.itl_s,

@@ -86,22 +86,28 @@ def test_cached_tokens_are_not_computed() -> None:
 def test_decode_holds_as_many_rows_as_keep_the_target() -> None:
     load = traffic(prompt_tokens=500, output_tokens=100)
     fit = decode_fit(load, REPLICA, 0.02)
-    assert fit.limit == "itl" and fit.is_reachable
+    assert fit.is_reachable and 1 < fit.rows < REPLICA.max_rows
     assert row_itl_s(fit.rows, load, REPLICA, 550) <= 0.02
     assert row_itl_s(fit.rows + 1, load, REPLICA, 550) > 0.02
 
 
-@pytest.mark.parametrize(
-    ("replica", "rows", "limit"),
-    [
-        (replace(REPLICA, kv_tokens=5_500), 10, "kv"),
-        (replace(REPLICA, max_rows=5), 5, "rows"),
-        (replace(REPLICA, kv_tokens=1), 1, "kv"),
-    ],
-)
-def test_kv_and_rows_bound_a_replica(replica, rows: int, limit: str) -> None:
-    fit = decode_fit(traffic(prompt_tokens=500, output_tokens=100), replica, 1.0)
-    assert (fit.rows, fit.limit) == (rows, limit)
+def test_a_replica_has_no_more_rows_than_it_has() -> None:
+    assert decode_fit(traffic(), replace(REPLICA, max_rows=5), 1.0).rows == 5
+
+
+def test_room_leaves_a_long_context_free_but_never_less_than_half() -> None:
+    load = traffic(prompt_tokens=1000, prompt_tokens_p95=1000, output_tokens=200)
+    assert decode_fit(load, replace(REPLICA, kv_tokens=10_000), 1.0).room_tokens == 8_900
+    assert decode_fit(load, replace(REPLICA, kv_tokens=1_500), 1.0).room_tokens == 750
+
+
+def test_long_contexts_need_room_where_rows_would_do() -> None:
+    small, large = (
+        decode_size(1000.0, decode_fit(traffic(prompt_tokens_p95=p95), replica, 0.02), 0.99)
+        for p95, replica in ((1000.0, REPLICA), (4000.0, replace(REPLICA, kv_tokens=12_000)))
+    )
+    assert not small.is_by_room
+    assert large.is_by_room and large.replicas > small.replicas
 
 
 def test_acceptance_makes_room() -> None:
@@ -112,14 +118,14 @@ def test_acceptance_makes_room() -> None:
 
 def test_one_row_that_is_too_slow_is_said_to_be() -> None:
     fit = decode_fit(traffic(), REPLICA, 0.001)
-    assert (fit.rows, fit.limit, fit.is_reachable) == (1, "itl", False)
+    assert (fit.rows, fit.is_reachable) == (1, False)
 
 
 def test_sequences_follow_littles_law() -> None:
     fit = decode_fit(traffic(), REPLICA, 0.02)
-    num, expected = decode_size(1000.0, fit, 0.5)
-    assert expected == pytest.approx(1000.0 * fit.itl_s)
-    assert num == math.ceil(expected / fit.rows)
+    size = decode_size(1000.0, fit, 0.5)
+    assert size.sequences == pytest.approx(1000.0 * fit.itl_s)
+    assert size.replicas == math.ceil(size.sequences / fit.rows)
 
 
 def test_only_idle_decode_workers_take_prompts() -> None:
@@ -141,8 +147,8 @@ def test_no_garbage_comes_out_of_garbage(numbers: list[float], itl_s: float) -> 
     load = Traffic(30.0, *numbers)
     fit = decode_fit(load, REPLICA, itl_s)
     assert fit.rows >= 1 and math.isfinite(fit.itl_s) and fit.itl_s > 0
-    num, expected = decode_size(numbers[0], fit, 0.99)
-    assert num >= 0 and math.isfinite(expected)
+    streams = decode_size(numbers[0], fit, 0.99)
+    assert streams.replicas >= 0 and math.isfinite(streams.sequences)
     work = prompt_work(load, REPLICA)
     if work is not None:
         assert math.isfinite(work.mean_s) and math.isfinite(work.variation)

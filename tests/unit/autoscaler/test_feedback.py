@@ -31,7 +31,7 @@ def feed(
 
 
 def test_misses_raise_the_factor() -> None:
-    assert feed(Correction(), 0.9) > 1.5
+    assert feed(Correction(), 0.9) > 1.3
 
 
 @pytest.mark.parametrize("within", [0.99, 1.0, None, float("nan"), -1.0, 2.0])

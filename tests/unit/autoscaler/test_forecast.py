@@ -158,7 +158,7 @@ def test_demand_is_that_of_bursts_not_of_the_mean() -> None:
         load = 4.0 if i % 10 == 0 else 0.0
         demand.note(i * PERIOD_S, load, load)
     assert demand.expected(60.0) == pytest.approx(4.0)
-    assert QUANTILE == 0.9 and demand.burst_ratio == 2.5
+    assert QUANTILE == 0.9 and demand.burst_ratio == 2.25
 
 
 def test_a_steady_demand_has_no_bursts() -> None:
