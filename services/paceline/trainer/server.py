@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -190,7 +190,8 @@ class DraftServicer(_Base):  # type: ignore[misc]
     ) -> DraftRecord:
         drafter = _drafter(first.drafter)
         with self._inbox.turn():
-            offer = await asyncio.to_thread(self._inbox.open)
+            # On the loop: a caller who leaves meanwhile would leave a directory that nobody knows.
+            offer = self._inbox.open()
             try:
                 await self._receive(offer, first, requests)
                 return await self._offer(offer.directory, drafter, first.is_forced)
@@ -206,9 +207,9 @@ class DraftServicer(_Base):  # type: ignore[misc]
         message: drafts_pb2.OfferDraftRequest | None = first
         while message is not None:
             if message.file or message.data:
-                await asyncio.to_thread(offer.write, message.file, message.data)
+                await _to_its_end(offer.write, message.file, message.data)
             message = await next_message(requests, PIECE_TIMEOUT_S)
-        await asyncio.to_thread(offer.finish)
+        await _to_its_end(offer.finish)
 
     async def RollbackDraft(
         self, request: drafts_pb2.RollbackDraftRequest, context: object
@@ -260,3 +261,18 @@ def _drafter(name: str) -> str:
 def _check_text(field: str, text: str) -> None:
     if not text or len(text) > MAX_ID_CHARS or not text.isprintable():
         raise InvalidRequestError(field, f"must be 1 to {MAX_ID_CHARS} printable characters")
+
+
+async def _to_its_end(call: Callable[..., None], *args: object) -> None:
+    """Run a call on a thread; one that has begun has ended when this ends, cancelled or not.
+
+    What it writes may be removed then.
+    """
+    running = asyncio.ensure_future(asyncio.to_thread(call, *args))
+    try:
+        await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait({running})
+        # Nobody is left to hear of it.
+        running.exception()
+        raise

@@ -117,7 +117,7 @@ def test_what_is_missing_is_said() -> None:
     [
         (("--policy", "static"), "--policy goes with --replay"),
         (("--replay", "{journal}", "--follow"), "--replay asks nobody"),
-        (("--replay", "{journal}", "--policy", "guess"), "no policy guess; there are:"),
+        (("--replay", "{journal}", "--policy", "guess"), "no scaling policy 'guess'; there are:"),
         (("--replay", "{broken}", "--policy", "static"), "broken:1: no line of a journal"),
     ],
 )
