@@ -78,14 +78,16 @@ class SupervisedChild:
         self._policy = policy
         self._on_start = on_start
         self._tail: deque[bytes] = deque(maxlen=TAIL_LINES)
+        self._last_tail: list[bytes] = []
+        """Of the process before, if it printed something."""
         self._process: asyncio.subprocess.Process | None = None
         self._stopping = asyncio.Event()
         self._ended = asyncio.Event()
 
     @property
     def last_lines(self) -> list[str]:
-        """The last lines that the present or last process printed."""
-        return [line.decode(errors="replace") for line in self._tail]
+        """The last lines that the present process printed, or the one before until it prints."""
+        return [line.decode(errors="replace") for line in self._tail or self._last_tail]
 
     async def run(self) -> None:
         """Start the process, and again after each crash, until `stop`."""
@@ -131,6 +133,7 @@ class SupervisedChild:
             _kill_group(self._process.pid)
 
     async def _run_once(self) -> None:
+        self._last_tail = list(self._tail) or self._last_tail
         self._tail.clear()
         pipe = LogPipe(self.spec.name, self._sink, self._tail)
         try:
