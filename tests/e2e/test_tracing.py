@@ -134,14 +134,14 @@ async def test_a_request_is_one_trace_from_the_client_to_the_engines(
     assert [s.name for s in spans if tree.parent(s) is None] == [GATEWAY_CALL]
     check_attributes(tree, answer)
     check_times(tree)
-    lines = [line for line in platform.log_lines() if line.get("trace_id") == TRACE_ID]
-    assert {line["event"] for line in lines} >= {
-        "request-finished",
-        "prefill-finished",
-        "decode-finished",
-        "blocks-acquired",
-    }
-    assert {line["request_id"] for line in lines} == {"traced"}
+    wanted = {"request-finished", "prefill-finished", "decode-finished", "blocks-acquired"}
+
+    def lines() -> list[dict[str, Any]]:
+        return [line for line in platform.log_lines() if line.get("trace_id") == TRACE_ID]
+
+    # Logs reach their files a moment behind the answer.
+    await until(lambda: {line["event"] for line in lines()} >= wanted)
+    assert {line["request_id"] for line in lines()} == {"traced"}
 
 
 def check_attributes(tree: Tree, answer: Answer) -> None:
