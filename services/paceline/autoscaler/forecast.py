@@ -1,5 +1,9 @@
 """What a load will be at a horizon, as a quantile, from what it was. Pure.
 
+Forecasters learn one series, sampled in order of time, with gaps of any length: `observe` takes a
+value, finite and not negative, and how many requests met it; `predict` returns what the value at a
+horizon does not exceed with a probability: never negative, never NaN, 0 before the first value.
+
 policies/slo.py asks for it over the time that a new replica takes to be ready; what would be
 needed later can still be asked for later.
 """
@@ -9,7 +13,6 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable
-from typing import Protocol
 
 KEEP_S = 900.0
 """How far back a forecast looks: long enough for 20 bursts that come every minute or less, short
@@ -19,36 +22,6 @@ enough to follow the hours of a day."""
 TREND_KEEP_S = 1800.0
 """How far back a regression looks: it takes more to fit a line than to know the highest values,
 and where that changes it, over loads that come and go in waves of minutes, it errs less."""
-
-
-class Forecaster(Protocol):
-    """Learns one series, sampled in order of time; gaps may be of any length."""
-
-    def observe(self, at_s: float, value: float, weight: float = 1.0) -> None:
-        """Take a value, finite and not negative; `weight` says how many requests met it."""
-        ...
-
-    def predict(self, horizon_s: float, quantile: float) -> float:
-        """Return what the value at that horizon does not exceed with that probability.
-
-        Never negative, never NaN; 0 as long as nothing was seen.
-        """
-        ...
-
-
-class LastValueForecaster:
-    """The last value, whatever is asked: what others are measured against."""
-
-    def __init__(self) -> None:
-        self._value = 0.0
-
-    def observe(self, at_s: float, value: float, weight: float = 1.0) -> None:
-        """Take a value."""
-        self._value = value
-
-    def predict(self, horizon_s: float, quantile: float) -> float:
-        """Return the last value."""
-        return self._value
 
 
 class RecentQuantileForecaster:

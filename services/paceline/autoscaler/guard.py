@@ -5,16 +5,11 @@ While anything is missing, pools only grow, only from nothing, and only for requ
 
 from __future__ import annotations
 
+from paceline.autoscaler.outcome import hold
 from paceline.autoscaler.values import KINDS, POOLS, Decision, Observation
 from paceline.domain.member import Role
 
 _NOT_OURS = ("target-owned:", "target-changed:")
-
-
-def hold(observation: Observation, reason: str) -> Decision:
-    """Return the decision that changes nothing."""
-    sizes = {role: observation.pools[role].requested for role in POOLS}
-    return Decision(observation.at_s, sizes, reason, "hold")
 
 
 def checked(observation: Observation, decision: Decision) -> Decision:

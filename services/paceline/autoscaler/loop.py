@@ -12,8 +12,9 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from paceline.autoscaler.guard import checked, hold
+from paceline.autoscaler.guard import checked
 from paceline.autoscaler.journal import Journal
+from paceline.autoscaler.outcome import hold
 from paceline.autoscaler.policies.base import ScalingPolicy
 from paceline.autoscaler.problems import problem
 from paceline.autoscaler.report import Report

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from paceline.autoscaler.policies.rules import ScalingRules
 from paceline.autoscaler.values import POOLS, Decision, Observation
@@ -10,10 +11,12 @@ from paceline.autoscaler.victims import choose_victims
 from paceline.domain.member import Role
 
 
-def hold(observation: Observation, reason: str, inputs: Mapping[str, float]) -> Decision:
+def hold(
+    observation: Observation, reason: str, inputs: Mapping[str, float] = MappingProxyType({})
+) -> Decision:
     """Return the decision to leave everything as it is."""
     sizes = {role: observation.pools[role].requested for role in POOLS}
-    return Decision(observation.at_s, sizes, f"hold: {one_line(reason)}", "hold", inputs=inputs)
+    return Decision(observation.at_s, sizes, one_line(reason), "hold", inputs=inputs)
 
 
 def decide(

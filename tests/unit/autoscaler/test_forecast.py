@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from typing import Protocol
 
 import pytest
 from hypothesis import given
@@ -12,12 +13,41 @@ from hypothesis import strategies as st
 
 from paceline.autoscaler.demand import QUANTILE, Demand
 from paceline.autoscaler.forecast import (
-    Forecaster,
-    LastValueForecaster,
     RecentQuantileForecaster,
     RegressionForecaster,
     weighted_quantile,
 )
+
+
+class Forecaster(Protocol):
+    """Learns one series, sampled in order of time; gaps may be of any length."""
+
+    def observe(self, at_s: float, value: float, weight: float = 1.0) -> None:
+        """Take a value, finite and not negative; `weight` says how many requests met it."""
+        ...
+
+    def predict(self, horizon_s: float, quantile: float) -> float:
+        """Return what the value at that horizon does not exceed with that probability.
+
+        Never negative, never NaN; 0 as long as nothing was seen.
+        """
+        ...
+
+
+class LastValueForecaster:
+    """The last value, whatever is asked: what others are measured against."""
+
+    def __init__(self) -> None:
+        self._value = 0.0
+
+    def observe(self, at_s: float, value: float, weight: float = 1.0) -> None:
+        """Take a value."""
+        self._value = value
+
+    def predict(self, horizon_s: float, quantile: float) -> float:
+        """Return the last value."""
+        return self._value
+
 
 PERIOD_S = 5.0
 FORECASTERS: dict[str, Callable[[], Forecaster]] = {

@@ -37,7 +37,9 @@ def check(decision: Decision, observation: Observation) -> None:
     for role, victims in decision.victims.items():
         assert set(victims) <= {worker.id for worker in observation.pools[role].workers}
     if decision.kind == "hold":
-        assert decision.reason.startswith("hold: ")
+        told = [" ".join(line.split()) for line in observation.problems]
+        assert all(line in decision.reason for line in told)
+        assert told or "no worker has said" in decision.reason or "not known" in decision.reason
         for role in POOLS:
             assert decision.replicas[role] == observation.pools[role].requested
     elif decision.kind != "sleep" and any(sizes):
